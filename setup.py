@@ -1,0 +1,121 @@
+"""Builds the optional native core `peft_kernels._native` from csrc/.
+
+PEFT_KERNELS_BUILD selects what is built: auto (default: the core, and on failure a warning and a pure-Python
+install), none, cpu (a failure is an error), cuda (cpu plus csrc/cuda; this version has no sources there).
+CXXFLAGS and LDFLAGS are honoured as usual.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("auto", "none", "cpu", "cuda")
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mfma", "-mf16c"]
+# A file's suffix selects the instructions it may use; csrc/cpu/isa.cpp decides at run time which files are entered.
+ISA_FLAGS = {"_avx512bf16": [*AVX512, "-mavx512bf16"], "_avx512": AVX512, "_avx2": AVX2}
+
+# -ffp-contract=off: a product and a sum must round separately where bitsandbytes rounds them separately;
+# kernels ask for fused multiply-add by name.
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+
+
+def build_mode() -> str:
+    mode = os.environ.get("PEFT_KERNELS_BUILD", "auto").lower()
+    if mode not in MODES:
+        raise SystemExit(f"PEFT_KERNELS_BUILD={mode!r}: expected one of {', '.join(MODES)}")
+    if mode == "cuda":
+        raise SystemExit("PEFT_KERNELS_BUILD=cuda: this version has no CUDA C++ sources; use PEFT_KERNELS_BUILD=cpu")
+    return mode
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def isa_suffix(source: str) -> str | None:
+    return next((suffix for suffix in ISA_FLAGS if Path(source).stem.endswith(suffix)), None)
+
+
+def native_sources() -> list[str]:
+    found = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("**/*.cpp"))
+    return [s for s in found if is_x86() or isa_suffix(s) is None]
+
+
+def is_fresh(target: Path, command: str) -> bool:
+    """True when `target` was made by the same command from inputs (its depfile lists them) that are all older."""
+    depfile, record = target.with_suffix(".d"), target.with_suffix(".cmd")
+    if not (target.exists() and depfile.exists() and record.exists() and record.read_text() == command):
+        return False
+    inputs = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    made = target.stat().st_mtime
+    return all(os.path.exists(i) and os.path.getmtime(i) <= made for i in inputs)
+
+
+class BuildNative(build_ext):
+    """One object per source with its own instruction-set flags, in parallel, skipping those that are up to date."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build_native(ext)
+        except Exception as error:
+            if ext.optional:
+                print(
+                    f"\nWARNING: the native core was not built ({error}).\n"
+                    "WARNING: peft_kernels will be installed as pure Python and CPU operations will be slower.\n"
+                    "WARNING: install a C++17 compiler, then reinstall with PEFT_KERNELS_BUILD=cpu to see the failure.\n",
+                    file=sys.stderr,
+                )
+                if not getattr(error, "__module__", "").startswith(("distutils", "setuptools")):
+                    from setuptools.errors import CompileError
+
+                    raise CompileError(str(error)) from error
+            raise
+
+    def _build_native(self, ext: Extension) -> None:
+        import pybind11
+
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        includes = [str(ROOT / "csrc"), pybind11.get_include(), *self.include_dirs]
+        with ThreadPoolExecutor(self.parallel or min(2, os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(lambda source: self._compile(source, includes), ext.sources))
+        linked_after = output.stat().st_mtime if output.exists() else 0.0
+        if self.force or any(os.path.getmtime(o) > linked_after for o in objects):
+            # Linked without -fopenmp: the OpenMP symbols resolve to the runtime that torch has loaded, because two
+            # thread pools in one process fight for the cores.
+            undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+            self.compiler.link_shared_object(objects, str(output), target_lang="c++", extra_postargs=undefined)
+
+    def _compile(self, source: str, includes: list[str]) -> str:
+        target = Path(self.build_temp) / Path(source).with_suffix(".o")
+        openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+        flags = [*CXX_FLAGS, *openmp, *ISA_FLAGS.get(isa_suffix(source) or "", [])]
+        command = " ".join([*getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so), *flags, *includes])
+        if self.force or not is_fresh(target, command):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            dependencies = ["-MMD", "-MF", str(target.with_suffix(".d"))]
+            self.compiler.compile(
+                [source], output_dir=self.build_temp, include_dirs=includes, extra_postargs=[*flags, *dependencies]
+            )
+            target.with_suffix(".cmd").write_text(command)
+        return str(target)
+
+
+def extensions() -> list[Extension]:
+    mode = build_mode()
+    if mode == "none":
+        return []
+    return [Extension("peft_kernels._native", native_sources(), language="c++", optional=mode == "auto")]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})
