@@ -1,0 +1,61 @@
+"""Argument errors: one wording for all of them (argument, expected, got, remedy)."""
+
+from __future__ import annotations
+
+import torch
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run this call."""
+
+
+def bad_value(argument: str, expected: str, got: object, remedy: str) -> ValueError:
+    """The ValueError for a wrong `argument`."""
+    return ValueError(f"{argument}: expected {expected}, got {got}. {remedy}")
+
+
+def bad_type(argument: str, expected: str, got: object, remedy: str) -> TypeError:
+    """The TypeError for an `argument` of the wrong kind."""
+    return TypeError(f"{argument}: expected {expected}, got {type(got).__name__}. {remedy}")
+
+
+def check_tensor(argument: str, value: object, ndim: int | None = None) -> None:
+    """A floating-point tensor, of `ndim` dimensions where given."""
+    if not isinstance(value, torch.Tensor):
+        raise bad_type(argument, "a torch.Tensor", value, "Pass a tensor.")
+    if not value.is_floating_point():
+        raise bad_value(argument, "a floating-point tensor", value.dtype, "Cast it to bfloat16, float16 or float32.")
+    if ndim is not None and value.ndim != ndim:
+        raise bad_value(argument, f"{ndim} dimensions", f"shape {tuple(value.shape)}", "Reshape it.")
+
+
+def check_shape(argument: str, value: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """A tensor of exactly this shape."""
+    if tuple(value.shape) != shape:
+        raise bad_value(argument, f"shape {shape}", f"{tuple(value.shape)}", "Match it to the weight (N, K).")
+
+
+def check_device(argument: str, value: torch.Tensor, device: torch.device) -> None:
+    """A tensor that lies where the input lies."""
+    if value.device != device:
+        raise bad_value(argument, f"device {device} (that of x)", value.device, f"Move it with .to('{device}').")
+
+
+def check_input(x: object, in_features: int) -> None:
+    """x of shape (..., K)."""
+    check_tensor("x", x)
+    assert isinstance(x, torch.Tensor)
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise bad_value(
+            "x", f"shape (..., {in_features})", tuple(x.shape), "Its last dimension must be the weight's K."
+        )
+
+
+def check_bias(bias: object, out_features: int, device: torch.device) -> None:
+    """bias of shape (N,), or None."""
+    if bias is None:
+        return
+    check_tensor("bias", bias, 1)
+    assert isinstance(bias, torch.Tensor)
+    check_shape("bias", bias, (out_features,))
+    check_device("bias", bias, device)

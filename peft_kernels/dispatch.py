@@ -1,0 +1,158 @@
+"""Which implementation of an operation runs, and why the others were passed over.
+
+Each operation has up to three implementations: `native` (the C++ core, on the CPU), `triton` (on a GPU) and
+`reference` (pure torch, anywhere). Every native or triton implementation is a module with `why_not(*args)`, which says
+in a sentence why it cannot serve a call, or None if it can. `auto` takes the first that can, in the order below.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from types import ModuleType
+from typing import Any
+
+from .checks import BackendError, bad_value
+
+log = logging.getLogger("peft_kernels")
+
+BACKENDS = ("native", "triton", "reference")
+
+# operation -> backend -> the module that implements it; `reference` needs no module: it is the public function's twin.
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    op: {
+        "native": f"peft_kernels.ops.{op}.native_calls",
+        "triton": f"peft_kernels.ops.{op}.triton_kernels",
+    }
+    for op in ("nf4", "linear_4bit", "lora_linear")
+}
+
+_requested = os.environ.get("PEFT_KERNELS_BACKEND", "auto")
+_logged: set[tuple[str, str]] = set()
+_recorder: list[Explanation] | None = None
+
+
+class Explanation:
+    """What `choose` decided for one operation: the backend taken, and for each one passed over, why."""
+
+    def __init__(self, op: str, chosen: str | None, passed_over: dict[str, str]):
+        self.op, self.chosen, self.passed_over = op, chosen, passed_over
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen or 'nothing can run this call'}"]
+        lines += [f"  not {name}: {why}" for name, why in self.passed_over.items()]
+        return "\n".join(lines)
+
+
+class _Explained(BaseException):
+    """Ends a recorded call once the choice is known, before any kernel runs."""
+
+
+class use_backend:
+    """Choose the backend: `with use_backend("reference"): ...`, or `use_backend("reference")` from here on.
+
+    Args:
+        name: "native", "triton", "reference", or "auto" (the first that can serve each call). A backend named here
+            never falls back: a call that it cannot serve raises `BackendError`. The setting holds for the process;
+            the environment variable PEFT_KERNELS_BACKEND sets its start value.
+    """
+
+    def __init__(self, name: str):
+        global _requested
+        if name not in (*BACKENDS, "auto"):
+            raise bad_value("name", f"one of {(*BACKENDS, 'auto')}", repr(name), "See peft_kernels.backends().")
+        self._previous, _requested = _requested, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module that implements `op` on `backend` ("native" or "triton")."""
+    return importlib.import_module(IMPLEMENTATIONS[op][backend])
+
+
+def why_not(op: str, backend: str, *args: Any) -> str | None:
+    """Why `backend` cannot run `op` on these arguments, or None if it can."""
+    if backend == "reference":
+        return None
+    try:
+        module = implementation(op, backend)
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    return module.why_not(*args)
+
+
+def choose(op: str, *args: Any) -> str:
+    """The name of the backend that runs `op` on these arguments."""
+    wanted = BACKENDS if _requested == "auto" else (_requested,)
+    passed_over: dict[str, str] = {}
+    chosen = None
+    for backend in wanted:
+        reason = why_not(op, backend, *args)
+        if reason is None:
+            chosen = backend
+            break
+        passed_over[backend] = reason
+    if _recorder is not None:
+        _recorder.append(Explanation(op, chosen, passed_over))
+        raise _Explained
+    if chosen is None:
+        raise BackendError(
+            f"backend {_requested!r} was asked for and cannot run {op}: {passed_over.get(_requested, 'unknown backend')}. "
+            "Choose another with peft_kernels.use_backend(...) or unset PEFT_KERNELS_BACKEND."
+        )
+    if chosen == "reference" and _requested == "auto":
+        _log_once(op, "; ".join(f"{name}: {why}" for name, why in passed_over.items()))
+    return chosen
+
+
+def _log_once(op: str, reason: str) -> None:
+    if (op, reason) not in _logged:
+        _logged.add((op, reason))
+        log.warning("%s runs on the reference path (slow): %s", op, reason)
+
+
+def explain(module_or_function: Any, *args: Any, **kwargs: Any) -> str:
+    """Which kernel a call would run, and for each backend passed over, why.
+
+    Args:
+        module_or_function: a `peft_kernels.functional` function, a `peft_kernels.nn` module, or any module whose forward
+            calls one (a replaced layer, a whole model).
+        args, kwargs: the call's arguments. A module with `in_features` may be given none: one row of zeros is assumed.
+
+    Returns:
+        str: one line with the choice, then one for each backend passed over. No kernel runs.
+    """
+    global _recorder
+    import torch
+
+    if not args and not kwargs and hasattr(module_or_function, "in_features"):
+        parameter = next((p for p in module_or_function.parameters() if p.is_floating_point()), None)
+        dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+        device = next(module_or_function.parameters()).device
+        args = (torch.zeros(1, module_or_function.in_features, dtype=dtype, device=device),)
+    _recorder = []
+    try:
+        module_or_function(*args, **kwargs)
+    except _Explained:
+        pass
+    finally:
+        recorded, _recorder = _recorder, None
+    if not recorded:
+        name = getattr(module_or_function, "__name__", type(module_or_function).__name__)
+        return f"{name}: no peft_kernels operation is called; it runs as it is"
+    return "\n".join(str(explanation) for explanation in recorded)
+
+
+def backends() -> dict[str, str | None]:
+    """What is usable here: backend -> None if it is, else why it is not."""
+    from . import native
+    from .triton_common import why_not as triton_why_not
+
+    return {"native": native.why_not(), "triton": triton_why_not(), "reference": None}

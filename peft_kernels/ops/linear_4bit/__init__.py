@@ -1,0 +1,1 @@
+"""Linear layer over a 4-bit weight."""

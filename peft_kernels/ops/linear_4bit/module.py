@@ -1,0 +1,82 @@
+"""Linear4bit: nn.Linear with a frozen 4-bit weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...weight4bit import Weight4bit
+from .op import linear_4bit
+from .state import from_state, to_state
+
+
+class Linear4bit(nn.Module):
+    """Y = x W^T + b over a frozen 4-bit weight; see `peft_kernels.functional.linear_4bit`.
+
+    Its state dict has bitsandbytes' keys, and loads in both directions.
+
+    Args:
+        weight: Weight4bit of shape (N, K). bias: (N,) or None; trainable if it requires a gradient.
+    """
+
+    def __init__(self, weight: Weight4bit, bias: torch.Tensor | None = None):
+        super().__init__()
+        self.weight = weight
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
+    ) -> Linear4bit:
+        """Quantize the weight of `linear`; its bias is shared."""
+        options: dict[str, Any] = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
+        return cls(Weight4bit.quantize(linear.weight, **options), linear.bias)
+
+    @classmethod
+    def from_bnb(cls, layer: nn.Module) -> Linear4bit:
+        """Share the weight and the bias of a `bitsandbytes.nn.Linear4bit`."""
+        return cls(Weight4bit.from_bnb(layer.weight), layer.bias)  # type: ignore[arg-type]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.shape[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., K) -> (..., N)."""
+        return linear_4bit(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        return f"{self.weight}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
+        # Only the device follows the module: casting the scales or the codes would destroy the weight.
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self.weight.device)).device
+        if device != self.weight.device:
+            self.weight = self.weight.to(device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(to_state(self.weight, prefix + "weight"))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        entry = prefix + "weight"
+        taken: list[str] = []
+        if entry in state_dict:
+            weight, taken = from_state(state_dict, entry)
+            self.weight = weight.to(self.weight.device)
+        else:
+            args[2].append(entry)  # missing_keys
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected = args[3]
+        unexpected[:] = [key for key in unexpected if key not in taken]

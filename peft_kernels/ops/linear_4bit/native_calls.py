@@ -1,0 +1,104 @@
+"""`linear_4bit` on the native core: the fused kernels where they win, else decode to a scratch and the vendor's GEMM."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+import torch.nn.functional as F
+
+from ... import native
+from ...weight4bit import Weight4bit
+from ..nf4.native_calls import dequantize, native_weight
+
+# What the fused kernels add to their result before the one rounding: (left, right, scaling) and so on; see csrc.
+Term = tuple
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_scratch = threading.local()
+
+
+def why_not(x: torch.Tensor, weight: Weight4bit) -> str | None:
+    """Why the native core cannot serve this call."""
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, x is on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"it computes in bfloat16, float16 and float32, x is {x.dtype}"
+    return native.why_not()
+
+
+def fused_forward(m: int, dtype: torch.dtype, weight: Weight4bit) -> bool:
+    """Whether the fused forward kernel runs at m rows."""
+    return False
+
+
+def fused_backward(m: int, dtype: torch.dtype, weight: Weight4bit) -> bool:
+    """Whether the fused backward kernel runs at m rows."""
+    return False
+
+
+def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (M, K), M >= 1 -> (M, N)."""
+    if fused_forward(x.shape[0], x.dtype, weight):
+        return forward_fused(x, weight, bias, [])
+    return F.linear(x, decode(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
+    """dy (M, N) -> dx (M, K)."""
+    if fused_backward(dy.shape[0], dy.dtype, weight):
+        return backward_fused(dy, weight, [])
+    return dy @ decode(weight, dy.dtype)
+
+
+def forward_fused(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, terms: list[Term]) -> torch.Tensor:
+    """The fused kernel: y = x W^T + b + sum of scaling * S B^T for terms (S, ldS, B, dtype of B, r, scaling)."""
+    x = row_major(x)
+    m, n = x.shape[0], weight.shape[0]
+    y = x.new_empty((m, n))
+    native.load().linear_4bit_forward(
+        x.data_ptr(),
+        native.dtype_code(x.dtype),
+        m,
+        x.stride(0),
+        native_weight(weight),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else native.dtype_code(bias.dtype),
+        terms,
+        y.data_ptr(),
+        n,
+    )
+    return y
+
+
+def backward_fused(dy: torch.Tensor, weight: Weight4bit, terms: list[Term]) -> torch.Tensor:
+    """The fused kernel: dx = dy W + sum of mask * (T A) for terms (T, ldT, A, dtype of A, r, dropout_p, seed)."""
+    dy = row_major(dy)
+    m, k = dy.shape[0], weight.shape[1]
+    dx = dy.new_empty((m, k))
+    native.load().linear_4bit_backward(
+        dy.data_ptr(),
+        native.dtype_code(dy.dtype),
+        m,
+        dy.stride(0),
+        native_weight(weight),
+        terms,
+        dx.data_ptr(),
+        k,
+    )
+    return dx
+
+
+def row_major(x: torch.Tensor) -> torch.Tensor:
+    """x with contiguous rows (a stride between rows is fine)."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def decode(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
+    """W in a scratch that the thread's next call overwrites: fresh pages would cost more than the decode itself."""
+    buffers: dict[torch.dtype, torch.Tensor] = _scratch.__dict__
+    numel = weight.shape[0] * weight.shape[1]
+    buffer = buffers.get(dtype)
+    if buffer is None or buffer.numel() < numel:
+        buffers[dtype] = buffer = torch.empty(numel, dtype=dtype)
+    return dequantize(weight, dtype, out=buffer[:numel].view(weight.shape))

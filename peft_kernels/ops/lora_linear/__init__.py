@@ -1,0 +1,1 @@
+"""LoRA linear layer over a dense or a 4-bit weight."""

@@ -1,0 +1,61 @@
+"""The active adapters of one LoRA layer, as lists of one length."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ...checks import bad_value, check_device, check_shape, check_tensor
+
+
+@dataclasses.dataclass
+class Adapters:
+    """Adapter i: A (r_i, K), B (N, r_i), scaling, bias of B (N,) or None, dropout probability."""
+
+    lora_A: list[torch.Tensor]
+    lora_B: list[torch.Tensor]
+    scaling: list[float]
+    lora_bias: list[torch.Tensor | None]
+    dropout_p: list[float]
+
+    @classmethod
+    def parse(
+        cls, lora_A: Any, lora_B: Any, scaling: Any, lora_bias: Any, dropout_p: float | Sequence[float], training: bool
+    ) -> Adapters:
+        """From the public arguments, where a single adapter may be given without a sequence."""
+        single = isinstance(lora_A, torch.Tensor)
+        a, b = ([lora_A], [lora_B]) if single else (list(lora_A), list(lora_B))
+        n = len(a)
+        s = [float(scaling)] * n if isinstance(scaling, int | float) else [float(value) for value in scaling]
+        p = [float(dropout_p)] * n if isinstance(dropout_p, int | float) else [float(value) for value in dropout_p]
+        bias = [lora_bias] * n if lora_bias is None or isinstance(lora_bias, torch.Tensor) else list(lora_bias)
+        for name, values in (("lora_B", b), ("scaling", s), ("lora_bias", bias), ("dropout_p", p)):
+            if len(values) != n:
+                raise bad_value(name, f"{n} entries, one for each lora_A", len(values), "Give one per active adapter.")
+        for value in p:
+            if not 0 <= value <= 1:
+                raise bad_value("dropout_p", "a probability from 0 to 1", value, "Check the adapter's configuration.")
+        return cls(a, b, s, bias, p if training else [0.0] * n)
+
+    def check(self, out_features: int, in_features: int, device: torch.device) -> None:
+        """Shapes, dtypes and devices against a weight (N, K)."""
+        for i, (a, b, _, lora_bias, _) in enumerate(self):
+            check_tensor(f"lora_A[{i}]", a, 2)
+            check_tensor(f"lora_B[{i}]", b, 2)
+            rank = a.shape[0]
+            if rank < 1:
+                raise bad_value(f"lora_A[{i}]", "a rank of at least 1", rank, "Drop the adapter instead.")
+            check_shape(f"lora_A[{i}]", a, (rank, in_features))
+            check_shape(f"lora_B[{i}]", b, (out_features, rank))
+            check_device(f"lora_A[{i}]", a, device)
+            check_device(f"lora_B[{i}]", b, device)
+            if lora_bias is not None:
+                check_tensor(f"lora_bias[{i}]", lora_bias, 1)
+                check_shape(f"lora_bias[{i}]", lora_bias, (out_features,))
+                check_device(f"lora_bias[{i}]", lora_bias, device)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float, torch.Tensor | None, float]]:
+        return iter(zip(self.lora_A, self.lora_B, self.scaling, self.lora_bias, self.dropout_p, strict=True))

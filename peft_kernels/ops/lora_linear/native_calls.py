@@ -1,0 +1,183 @@
+"""`lora_linear` on the native core: skinny GEMMs for the adapters around the fused or the vendor's base GEMM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ... import native
+from ...weight4bit import Weight4bit
+from ..linear_4bit import native_calls as base
+from ..linear_4bit.native_calls import row_major
+
+
+def why_not(
+    x: torch.Tensor,
+    weight: torch.Tensor | Weight4bit,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+) -> str | None:
+    """Why the native core cannot serve this call."""
+    for parameter in (*lora_A, *lora_B):
+        if parameter.dtype == torch.float64:
+            return "it takes adapters of bfloat16, float16 and float32, not float64"
+    return base.why_not(x, weight)  # type: ignore[arg-type]
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | Weight4bit,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seeds: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (M, K) -> y (M, N), S (M, sum r) float32."""
+    x = row_major(x)
+    m, rank = x.shape[0], sum(a.shape[0] for a in lora_A)
+    s = torch.empty((m, rank), dtype=torch.float32)
+    columns = _columns(s, lora_A)
+    for a, s_i, p, seed in zip(lora_A, columns, dropout_p, _seeds(seeds, lora_A), strict=True):
+        _shrink(x, a.contiguous(), False, 1.0, p, seed, s_i)
+    right = [b.contiguous() for b in lora_B]
+    if isinstance(weight, Weight4bit) and base.fused_forward(m, x.dtype, weight):
+        terms = [
+            (s_i.data_ptr(), rank, b.data_ptr(), native.dtype_code(b.dtype), b.shape[1], scale)
+            for s_i, b, scale in zip(columns, right, scaling, strict=True)
+        ]
+        return base.forward_fused(x, weight, bias, terms), s
+    w = base.decode(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
+    y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+    terms = [
+        (s_i.data_ptr(), rank, b.data_ptr(), native.dtype_code(b.dtype), True, b.shape[1], scale, 0.0, 0)
+        for s_i, b, scale in zip(columns, right, scaling, strict=True)
+    ]
+    _expand_add(y, terms)
+    return y, s
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | Weight4bit,
+    s: torch.Tensor,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seeds: torch.Tensor | None,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
+    """dy (M, N) -> dx (M, K) or None, dA and dB in their parameters' dtypes (empty where not needed)."""
+    dy = row_major(dy)
+    m, rank = s.shape
+    seed_list = _seeds(seeds, lora_A)
+    dA: list[torch.Tensor] = []
+    dB: list[torch.Tensor] = []
+    dx = None
+    if need_dB:
+        for s_i, b, scale in zip(_columns(s, lora_A), lora_B, scaling, strict=True):
+            dB.append(_wgrad(dy, s_i, scale, 0.0, 0, False, b))
+    if need_dx or need_dA:
+        t = torch.empty((m, rank), dtype=torch.float32)
+        columns = _columns(t, lora_A)
+        for b, t_i, scale in zip(lora_B, columns, scaling, strict=True):
+            _shrink(dy, b.contiguous(), True, scale, 0.0, 0, t_i)
+    if need_dA:
+        assert x is not None
+        x = row_major(x)
+        for a, t_i, p, seed in zip(lora_A, columns, dropout_p, seed_list, strict=True):
+            dA.append(_wgrad(x, t_i, 1.0, p, seed, True, a))
+    if need_dx:
+        dx = _grad_x(dy, weight, columns, rank, [a.contiguous() for a in lora_A], dropout_p, seed_list)
+    return dx, dA, dB
+
+
+def _grad_x(
+    dy: torch.Tensor,
+    weight: torch.Tensor | Weight4bit,
+    columns: list[torch.Tensor],
+    rank: int,
+    lora_A: list[torch.Tensor],
+    dropout_p: Sequence[float],
+    seeds: list[int],
+) -> torch.Tensor:
+    """dX = dY W + sum of mask * (T A), the adapters' part inside the fused kernel where that runs."""
+    adapters = list(zip(columns, lora_A, dropout_p, seeds, strict=True))
+    if isinstance(weight, Weight4bit) and base.fused_backward(dy.shape[0], dy.dtype, weight):
+        terms: list[tuple] = [
+            (t_i.data_ptr(), rank, a.data_ptr(), native.dtype_code(a.dtype), a.shape[0], p, seed)
+            for t_i, a, p, seed in adapters
+        ]
+        return base.backward_fused(dy, weight, terms)
+    dx = dy @ (base.decode(weight, dy.dtype) if isinstance(weight, Weight4bit) else weight)
+    terms = [
+        (t_i.data_ptr(), rank, a.data_ptr(), native.dtype_code(a.dtype), False, a.shape[0], 1.0, p, seed)
+        for t_i, a, p, seed in adapters
+    ]
+    _expand_add(dx, terms)
+    return dx
+
+
+def _columns(s: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The columns of S (or T) that belong to each adapter."""
+    return list(s.split([a.shape[0] for a in lora_A], dim=1))
+
+
+def _seeds(seeds: torch.Tensor | None, lora_A: Sequence[torch.Tensor]) -> list[int]:
+    """The seeds as unsigned integers."""
+    return [0] * len(lora_A) if seeds is None else [seed % 2**64 for seed in seeds.tolist()]
+
+
+def _shrink(x: torch.Tensor, p: torch.Tensor, p_is_kr: bool, alpha: float, drop: float, seed: int, s: torch.Tensor):
+    """s (M, r) = alpha * drop(x) P^T."""
+    rank = p.shape[1] if p_is_kr else p.shape[0]
+    native.load().lora_shrink(
+        x.data_ptr(),
+        native.dtype_code(x.dtype),
+        *x.shape,
+        x.stride(0),
+        p.data_ptr(),
+        native.dtype_code(p.dtype),
+        p_is_kr,
+        rank,
+        alpha,
+        drop,
+        seed,
+        s.data_ptr(),
+        s.stride(0),
+    )
+
+
+def _wgrad(
+    x: torch.Tensor, p: torch.Tensor, alpha: float, drop: float, seed: int, out_is_ri: bool, like: torch.Tensor
+) -> torch.Tensor:
+    """alpha * drop(x)^T P, shaped and typed like the parameter it is the gradient of."""
+    out = torch.empty(like.shape, dtype=like.dtype)
+    native.load().lora_wgrad(
+        x.data_ptr(),
+        native.dtype_code(x.dtype),
+        *x.shape,
+        x.stride(0),
+        p.data_ptr(),
+        p.stride(0),
+        p.shape[1],
+        alpha,
+        drop,
+        seed,
+        out.data_ptr(),
+        native.dtype_code(out.dtype),
+        out_is_ri,
+    )
+    return out
+
+
+def _expand_add(out: torch.Tensor, terms: list[tuple]) -> None:
+    """out += sum of alpha * mask * (S P), rounded once."""
+    native.load().lora_expand_add(out.data_ptr(), native.dtype_code(out.dtype), *out.shape, out.stride(0), terms)

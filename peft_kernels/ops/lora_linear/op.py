@@ -1,0 +1,172 @@
+"""LoRA linear layer: the public function, its autograd Function and its library operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ... import dispatch
+from ...checks import bad_type, bad_value, check_bias, check_device, check_input
+from ...dropout import draw_seeds
+from ...weight4bit import Weight4bit
+from . import reference
+from .adapters import Adapters
+
+_lib = torch.library.Library("peft_kernels", "FRAGMENT")
+_lib.define(
+    "lora_linear_forward(Tensor x, Tensor[] weight, int[] meta, Tensor? bias, Tensor[] lora_A, Tensor[] lora_B, "
+    "float[] scaling, float[] dropout_p, Tensor? seeds, str backend) -> (Tensor, Tensor)"
+)
+_lib.define(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor[] weight, int[] meta, Tensor s, Tensor[] lora_A, "
+    "Tensor[] lora_B, float[] scaling, float[] dropout_p, Tensor? seeds, bool[] needs, str backend) -> Tensor[]"
+)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | Weight4bit,
+    lora_A: torch.Tensor | Sequence[torch.Tensor],
+    lora_B: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    scaling: float | Sequence[float] = 1.0,
+    bias: torch.Tensor | None = None,
+    lora_bias: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = True,
+) -> torch.Tensor:
+    """Linear layer with LoRA adapters: Y = x W^T + b + sum_i s_i (drop_i(x) A_i^T) B_i^T.
+
+    Backward, with T_i = s_i dY B_i and S_i = drop_i(x) A_i^T:
+    dX = dY W + sum_i mask_i * (T_i A_i), dA_i = T_i^T drop_i(x), dB_i = s_i dY^T S_i, db = sum dY.
+
+    Args:
+        x: (..., K) bfloat16, float16 or float32; any strides.
+        weight: (N, K) of x's dtype, or a Weight4bit of shape (N, K). A dense weight may be trained too.
+        lora_A: (r, K), lora_B: (N, r), of any floating dtype; or sequences of them, one for each active adapter, with
+            `scaling`, `lora_bias` and `dropout_p` given once for all or one for each. Any ranks r >= 1.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
+        bias: (N,) or None. lora_bias: (N,) or None, the bias of B (scaled like B's output).
+        dropout_p: probability of zeroing an element of x on the adapter's branch while `training`. The mask comes from
+            torch's generator by way of one seed per adapter: it repeats under torch.manual_seed and under activation
+            checkpointing, and is regenerated in backward, never stored.
+
+    Returns:
+        Tensor: (..., N) of x's dtype, accumulated in float32. Under autocast, of the autocast dtype.
+
+    Saved for backward: x (only if some A or a dense W needs a gradient) and S (tokens, sum r) float32.
+
+    Raises:
+        TypeError: weight is neither kind. ValueError: a shape, dtype, device, count or probability does not fit.
+        BackendError: the backend asked for by name cannot run this call.
+
+    Source: LoRA, arXiv:2106.09685, equation 3; QLoRA, arXiv:2305.14314, equation 5; rsLoRA, arXiv:2312.03732.
+    """
+    adapters = Adapters.parse(lora_A, lora_B, scaling, lora_bias, dropout_p, training)
+    out_features, in_features = _check(x, weight, bias)
+    adapters.check(out_features, in_features, x.device)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight = weight.to(x.dtype) if isinstance(weight, torch.Tensor) else weight
+    backend = dispatch.choose("lora_linear", x, weight, adapters.lora_A, adapters.lora_B)
+    seeds = draw_seeds(adapters.dropout_p, x.device)
+    if backend == "reference":
+        return reference.with_seeds(x, weight, adapters, bias, seeds)
+    for s, lora_bias_i in zip(adapters.scaling, adapters.lora_bias, strict=True):
+        if lora_bias_i is not None:
+            bias = s * lora_bias_i if bias is None else bias + s * lora_bias_i
+    parts, meta = (weight.parts(), weight.meta()) if isinstance(weight, Weight4bit) else ([weight], [])
+    static = (len(parts), tuple(meta), tuple(adapters.scaling), tuple(adapters.dropout_p), backend)
+    tensors = (*parts, *adapters.lora_A, *adapters.lora_B)
+    y = _LoRALinear.apply(static, x.reshape(-1, in_features), bias, seeds, *tensors)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _check(x: torch.Tensor, weight: object, bias: object) -> tuple[int, int]:
+    """(N, K) of a weight that fits x and bias."""
+    if not isinstance(weight, torch.Tensor | Weight4bit):
+        raise bad_type("weight", "a torch.Tensor or a Weight4bit", weight, "Pass layer.weight or a Weight4bit.")
+    if len(weight.shape) != 2:
+        raise bad_value("weight", "shape (N, K)", tuple(weight.shape), "Pass the linear layer's weight.")
+    out_features, in_features = weight.shape
+    check_input(x, in_features)
+    if isinstance(weight, torch.Tensor) and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise bad_value("weight", f"dtype {x.dtype} (that of x)", weight.dtype, "Cast x to the weight's dtype.")
+    check_device("weight", weight if isinstance(weight, torch.Tensor) else weight.packed, x.device)
+    check_bias(bias, out_features, x.device)
+    return out_features, in_features
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, static: tuple, x: torch.Tensor, bias: Any, seeds: torch.Tensor | None, *tensors: torch.Tensor
+    ):
+        n_parts, meta, scaling, dropout_p, backend = static
+        n = len(scaling)
+        parts, lora_A, lora_B = tensors[:n_parts], tensors[n_parts : n_parts + n], tensors[n_parts + n :]
+        y, s = torch.ops.peft_kernels.lora_linear_forward(
+            x, parts, meta, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend
+        )
+        train_weight_or_A = any(ctx.needs_input_grad[4 : 4 + n_parts + n])
+        ctx.save_for_backward(x if train_weight_or_A else None, s, seeds, *tensors)
+        ctx.static, ctx.bias_dtype = static, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor):
+        n_parts, meta, scaling, dropout_p, backend = ctx.static
+        n = len(scaling)
+        x, s, seeds, *tensors = ctx.saved_tensors
+        parts, lora_A, lora_B = tensors[:n_parts], tensors[n_parts : n_parts + n], tensors[n_parts + n :]
+        need = ctx.needs_input_grad
+        needs = [need[1], any(need[4 + n_parts : 4 + n_parts + n]), any(need[4 + n_parts + n :])]
+        dy = dy.contiguous()
+        dx, *grads = torch.ops.peft_kernels.lora_linear_backward(
+            dy, x, parts, meta, s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend
+        )
+        dA = grads[:n] if needs[1] else [None] * n
+        dB = grads[-n:] if needs[2] else [None] * n
+        dparts = [dy.t() @ x if need[4] else None] + [None] * (n_parts - 1)
+        dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need[2] else None
+        return None, dx if needs[0] else None, dbias, None, *dparts, *dA, *dB
+
+
+def _weight(parts: list[torch.Tensor], meta: list[int]) -> torch.Tensor | Weight4bit:
+    return Weight4bit.from_parts(parts, meta) if meta else parts[0]
+
+
+@torch.library.impl(_lib, "lora_linear_forward", "CompositeExplicitAutograd")
+def _forward(x, parts, meta, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend):
+    if x.shape[0] == 0:
+        return _forward_fake(x, parts, meta, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend)
+    implementation = dispatch.implementation("lora_linear", backend)
+    return implementation.forward(x, _weight(parts, meta), bias, lora_A, lora_B, scaling, dropout_p, seeds)
+
+
+@torch.library.register_fake("peft_kernels::lora_linear_forward", lib=_lib)
+def _forward_fake(x, parts, meta, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend):
+    rank = sum(a.shape[0] for a in lora_A)
+    return x.new_empty((x.shape[0], lora_B[0].shape[0])), x.new_empty((x.shape[0], rank), dtype=torch.float32)
+
+
+@torch.library.impl(_lib, "lora_linear_backward", "CompositeExplicitAutograd")
+def _backward(dy, x, parts, meta, s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend):
+    if dy.shape[0] == 0:
+        outs = _backward_fake(dy, x, parts, meta, s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend)
+        return [out.zero_() for out in outs]
+    dx, dA, dB = dispatch.implementation("lora_linear", backend).backward(
+        dy, x, _weight(parts, meta), s, lora_A, lora_B, scaling, dropout_p, seeds, *needs
+    )
+    return [dy.new_empty(0) if dx is None else dx, *(dA if needs[1] else []), *(dB if needs[2] else [])]
+
+
+@torch.library.register_fake("peft_kernels::lora_linear_backward", lib=_lib)
+def _backward_fake(dy, x, parts, meta, s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend):
+    dx = dy.new_empty((dy.shape[0], lora_A[0].shape[1]) if needs[0] else (0,))
+    dA = [torch.empty_like(a) for a in lora_A] if needs[1] else []
+    dB = [torch.empty_like(b) for b in lora_B] if needs[2] else []
+    return [dx, *dA, *dB]

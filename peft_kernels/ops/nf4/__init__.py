@@ -1,0 +1,1 @@
+"""The 4-bit codec (NF4 and FP4 in bitsandbytes' layout), on raw tensors."""

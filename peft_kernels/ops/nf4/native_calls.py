@@ -1,0 +1,82 @@
+"""The codec on the native core."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ... import native
+from .reference import NESTED_BLOCKSIZE, dynamic_map
+
+if TYPE_CHECKING:
+    from ...weight4bit import Weight4bit
+
+QUANT_TYPE_CODES = {"nf4": 0, "fp4": 1}
+
+
+def why_not(tensor: torch.Tensor) -> str | None:
+    """Why the native codec cannot serve this tensor."""
+    if tensor.device.type != "cpu":
+        return f"it runs on the CPU, the tensor is on {tensor.device}"
+    return native.why_not()
+
+
+def quantize(flat: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat (n,) -> packed (ceil(n / 2),) uint8, absmax (ceil(n / blocksize),) float32."""
+    n = flat.numel()
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32)
+    native.load().quantize_4bit(
+        flat.data_ptr(),
+        native.dtype_code(flat.dtype),
+        n,
+        blocksize,
+        QUANT_TYPE_CODES[quant_type],
+        packed.data_ptr(),
+        absmax.data_ptr(),
+    )
+    return packed, absmax
+
+
+def quantize_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """absmax (n,) float32 -> codes (n,) uint8, absmax2 (ceil(n / 256),) float32, offset () float32."""
+    n, offset = absmax.numel(), absmax.mean()
+    code = dynamic_map(absmax.device)
+    codes = torch.empty(n, dtype=torch.uint8)
+    absmax2 = torch.empty(-(-n // NESTED_BLOCKSIZE), dtype=torch.float32)
+    native.load().quantize_nested(
+        absmax.data_ptr(),
+        n,
+        offset.data_ptr(),
+        code.data_ptr(),
+        NESTED_BLOCKSIZE,
+        codes.data_ptr(),
+        absmax2.data_ptr(),
+    )
+    return codes, absmax2, offset
+
+
+def native_weight(weight: Weight4bit) -> object:
+    """The C++ view of a Weight4bit; it holds pointers, so the weight must outlive it."""
+    nested = weight.nested
+    pointers = (
+        (0, 0, 0) if nested is None else tuple(t.data_ptr() for t in (nested.absmax2, nested.code, nested.offset))
+    )
+    return native.load().Weight4(
+        weight.packed.data_ptr(),
+        weight.absmax.data_ptr(),
+        *pointers,
+        0 if nested is None else nested.blocksize,
+        QUANT_TYPE_CODES[weight.quant_type],
+        *weight.shape,
+        weight.blocksize,
+    )
+
+
+def dequantize(weight: Weight4bit, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """W (N, K) of dtype, into `out` (a contiguous tensor of N * K elements) where given."""
+    n, k = weight.shape
+    out = torch.empty((n, k), dtype=dtype) if out is None else out
+    native.load().dequantize_4bit(native_weight(weight), 0, n * k, out.data_ptr(), native.dtype_code(dtype))
+    return out

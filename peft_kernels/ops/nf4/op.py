@@ -1,0 +1,40 @@
+"""The codec on raw tensors, each function by the backend that can run it; `weight4bit` gives it its public face."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ... import dispatch
+from . import reference
+from .reference import NESTED_BLOCKSIZE, code_book, dynamic_map
+
+__all__ = ["NESTED_BLOCKSIZE", "code_book", "dynamic_map"]
+
+QUANT_TYPES = ("nf4", "fp4")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def quantize(flat: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat (n,) -> packed (ceil(n / 2),) uint8, absmax (ceil(n / blocksize),) float32."""
+    backend = dispatch.choose("nf4", flat)
+    if backend == "reference" or flat.numel() == 0:
+        return reference.quantize(flat, blocksize, quant_type)
+    return dispatch.implementation("nf4", backend).quantize(flat, blocksize, quant_type)
+
+
+def quantize_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """absmax (n,) float32 -> codes (n,) uint8, absmax2 (ceil(n / 256),) float32, offset () float32."""
+    if dispatch.choose("nf4", absmax) == "native" and absmax.numel():
+        return dispatch.implementation("nf4", "native").quantize_nested(absmax)
+    return reference.quantize_nested(absmax)
+
+
+def dequantize_reference(weight: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A Weight4bit's W (N, K) in pure torch."""
+    n, k = weight.shape
+    nested = weight.nested
+    fields = None if nested is None else (nested.absmax2, nested.code, nested.offset, nested.blocksize)
+    scale = reference.scales(weight.absmax, fields)
+    return reference.dequantize(weight.packed, scale, n * k, weight.blocksize, weight.quant_type, dtype).view(n, k)

@@ -1,0 +1,274 @@
+"""Weight4bit: the 4-bit weight that every operation takes, sharing memory with bitsandbytes' own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from . import dispatch
+from .checks import bad_type, bad_value, check_tensor
+from .ops.nf4 import op as nf4
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_lib = torch.library.Library("peft_kernels", "FRAGMENT")
+_lib.define("dequantize_4bit(Tensor[] weight, int[] meta, ScalarType dtype, str backend) -> Tensor")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Nested:
+    """Double quantization: block i has the scale code[absmax[i]] * absmax2[i // blocksize] + offset, in float32.
+
+    absmax2: (ceil(blocks / blocksize),) float32; code: (256,) float32; offset: () float32; blocksize: usually 256.
+    """
+
+    absmax2: torch.Tensor
+    code: torch.Tensor
+    offset: torch.Tensor
+    blocksize: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight4bit:
+    """A weight W (N, K) in NF4 or FP4 (QLoRA, arXiv:2305.14314), in bitsandbytes' layout.
+
+    packed: (ceil(N * K / 2),) uint8, row-major, the even element in the high nibble.
+    absmax: (ceil(N * K / blocksize),) float32, or uint8 codes when nested.
+    nested: the statistics of double quantization, or None.
+    shape: (N, K); dtype: what `dequantize()` returns unless told otherwise; quant_type: "nf4" or "fp4".
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested: Nested | None
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    blocksize: int
+    quant_type: str
+
+    def __post_init__(self) -> None:
+        if self.quant_type not in nf4.QUANT_TYPES:
+            raise bad_value("quant_type", f"one of {nf4.QUANT_TYPES}", repr(self.quant_type), "Choose 'nf4' or 'fp4'.")
+        if len(self.shape) != 2:
+            raise bad_value("shape", "(N, K)", self.shape, "Reshape the weight to two dimensions.")
+        numel, blocks = self.shape[0] * self.shape[1], self.blocks
+        expected = {"packed": (self.packed, (numel + 1) // 2), "absmax": (self.absmax, blocks)}
+        if self.nested is not None:
+            expected["nested.absmax2"] = (self.nested.absmax2, -(-blocks // self.nested.blocksize))
+            expected["nested.code"] = (self.nested.code, 256)
+            expected["nested.offset"] = (self.nested.offset, 1)
+        for name, (tensor, length) in expected.items():
+            if tensor.numel() != length:
+                remedy = "The data is truncated or belongs to another shape or blocksize."
+                raise bad_value(name, f"{length} elements for shape {tuple(self.shape)}", tensor.numel(), remedy)
+        absmax_dtype = torch.uint8 if self.nested is not None else torch.float32
+        for name, tensor, dtype in (("packed", self.packed, torch.uint8), ("absmax", self.absmax, absmax_dtype)):
+            if tensor.dtype != dtype:
+                raise bad_value(name, str(dtype), tensor.dtype, "Build it with Weight4bit.quantize or from_bnb.")
+
+    @property
+    def blocks(self) -> int:
+        """How many scales the weight has."""
+        return -(-self.shape[0] * self.shape[1] // self.blocksize)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight lies."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and of all statistics."""
+        return sum(t.numel() * t.element_size() for t in self.parts())
+
+    def __repr__(self) -> str:
+        n, k = self.shape
+        double = "nested" if self.nested is not None else "plain"
+        return f"Weight4bit({n}x{k}, {self.quant_type}, blocksize={self.blocksize}, {double}, dtype={self.dtype})"
+
+    @classmethod
+    def quantize(
+        cls, w: torch.Tensor, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
+    ) -> Weight4bit:
+        """Quantize w (N, K) of float32, float16 or bfloat16.
+
+        The codes and the float32 absmax equal bitsandbytes' bit for bit. With `double_quant` the absmax are stored as
+        the exact nearest 8-bit code (bitsandbytes' CPU path bins them first: about 0.1 % of its codes are a neighbour,
+        and its mean depends on the order of summation).
+
+        Raises:
+            ValueError: w is not two-dimensional or not of such a dtype; unknown quant_type; blocksize not a power of
+                two from 32 to 4096.
+        """
+        check_tensor("w", w, 2)
+        if w.dtype not in DTYPES:
+            raise bad_value("w", f"a dtype of {DTYPES}", w.dtype, "Cast it first.")
+        if quant_type not in nf4.QUANT_TYPES:
+            raise bad_value("quant_type", f"one of {nf4.QUANT_TYPES}", repr(quant_type), "Choose 'nf4' or 'fp4'.")
+        if blocksize not in nf4.BLOCKSIZES:
+            raise bad_value("blocksize", f"one of {nf4.BLOCKSIZES}", blocksize, "The default is 64.")
+        flat = w.detach().contiguous().view(-1)
+        packed, absmax = nf4.quantize(flat, blocksize, quant_type)
+        nested = None
+        if double_quant:
+            absmax, absmax2, offset = nf4.quantize_nested(absmax)
+            nested = Nested(absmax2, nf4.dynamic_map(w.device), offset, nf4.NESTED_BLOCKSIZE)
+        return cls(packed, absmax, nested, (w.shape[0], w.shape[1]), w.dtype, blocksize, quant_type)
+
+    @classmethod
+    def from_bnb(cls, weight: Any) -> Weight4bit:
+        """Share the memory of a bitsandbytes weight: a `Params4bit`, or a pair (packed, quant_state).
+
+        A weight that bitsandbytes has repacked in place for its CPU kernel (after a forward in eval mode on a machine
+        with AVX512-BF16) is unpacked into a new tensor; its scales stay rounded to bfloat16 as that repacking left them.
+
+        Raises:
+            TypeError: neither of the two. ValueError: not quantized yet, or not a matrix.
+        """
+        packed, state = weight if isinstance(weight, tuple) else (weight, getattr(weight, "quant_state", None))
+        if not isinstance(packed, torch.Tensor):
+            raise bad_type("weight", "a Params4bit or (packed, quant_state)", weight, "Pass layer.weight.")
+        if state is None:
+            remedy = "Move the layer to a device first (layer.to('cpu') or .to('cuda')): bitsandbytes quantizes then."
+            raise bad_value("weight", "a quantized weight with a quant_state", "quant_state None", remedy)
+        data = packed.data if packed.data.dtype == torch.uint8 else packed.data.view(torch.uint8)
+        absmax, nested = state.absmax, None
+        n, k = state.shape
+        if getattr(state, "packing_format_for_cpu", False):
+            data, absmax = _unpack_cpu_layout(data, n, k), absmax.t().float().contiguous()
+        elif state.nested:
+            inner = state.state2
+            nested = Nested(inner.absmax, inner.code, state.offset, inner.blocksize)
+        return cls(data.reshape(-1), absmax.reshape(-1), nested, (n, k), state.dtype, state.blocksize, state.quant_type)
+
+    def to_bnb(self) -> Any:
+        """A `bitsandbytes.nn.Params4bit` that shares this weight's memory."""
+        import bitsandbytes
+        from bitsandbytes.functional import QuantState
+
+        inner = None
+        if self.nested is not None:
+            n = self.nested
+            inner = QuantState(absmax=n.absmax2, blocksize=n.blocksize, code=n.code, dtype=torch.float32)
+        state = QuantState(
+            absmax=self.absmax,
+            shape=torch.Size(self.shape),
+            code=nf4.code_book(self.quant_type, self.device),
+            blocksize=self.blocksize,
+            quant_type=self.quant_type,
+            dtype=self.dtype,
+            offset=None if self.nested is None else self.nested.offset,
+            state2=inner,
+        )
+        return bitsandbytes.nn.Params4bit(
+            self.packed.view(-1, 1),
+            requires_grad=False,
+            quant_state=state,
+            blocksize=self.blocksize,
+            compress_statistics=self.nested is not None,
+            quant_type=self.quant_type,
+            bnb_quantized=True,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W (N, K) in `dtype` (default: the dtype it was quantized from): code * scale in float32, rounded once."""
+        dtype = dtype or self.dtype
+        backend = dispatch.choose("nf4", self.packed)
+        if backend == "reference" or self.packed.numel() == 0 or dtype not in DTYPES:
+            return nf4.dequantize_reference(self, dtype)
+        return torch.ops.peft_kernels.dequantize_4bit(self.parts(), self.meta(), dtype, backend)
+
+    def to(self, device: torch.device | str) -> Weight4bit:
+        """The same weight on another device."""
+        parts = [part.to(device) for part in self.parts()]
+        return Weight4bit.from_parts(parts, self.meta())
+
+    def parts(self) -> list[torch.Tensor]:
+        """Its tensors: [packed, absmax] or [packed, absmax, absmax2, code, offset]; with `meta()` the whole weight."""
+        if self.nested is None:
+            return [self.packed, self.absmax]
+        return [self.packed, self.absmax, self.nested.absmax2, self.nested.code, self.nested.offset]
+
+    def meta(self) -> list[int]:
+        """What is not a tensor: N, K, blocksize, quant_type, nested blocksize, dtype, the last two and third as indices."""
+        nested_blocksize = self.nested.blocksize if self.nested is not None else 0
+        quant_type = nf4.QUANT_TYPES.index(self.quant_type)
+        return [*self.shape, self.blocksize, quant_type, nested_blocksize, DTYPES.index(self.dtype)]
+
+    @classmethod
+    def from_parts(cls, parts: list[torch.Tensor], meta: list[int]) -> Weight4bit:
+        """The inverse of `parts()` and `meta()`."""
+        n, k, blocksize, quant_type, nested_blocksize, dtype = meta
+        nested = Nested(*parts[2:], nested_blocksize) if nested_blocksize else None
+        # built without __init__: the parts were checked when the weight was first made
+        weight = object.__new__(cls)
+        fields = (parts[0], parts[1], nested, (n, k), DTYPES[dtype], blocksize, nf4.QUANT_TYPES[quant_type])
+        for field, value in zip(dataclasses.fields(cls), fields, strict=True):
+            object.__setattr__(weight, field.name, value)
+        return weight
+
+
+def _unpack_cpu_layout(data: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """bitsandbytes' CPU layout [N/32][K/2][32 bytes] -> the canonical one.
+
+    Byte j of a group holds, in its low nibble, element (row j // 2, column j % 2) and, in its high one, row 16 + j // 2.
+    """
+    groups = data.view(n // 32, k // 2, 16, 2)
+    rows = torch.stack([groups & 0xF, groups >> 4], dim=2).view(n // 32, k // 2, 32, 2)
+    nibbles = rows.transpose(1, 2).reshape(-1, 2)
+    return (nibbles[:, 0] << 4) | nibbles[:, 1]
+
+
+@torch.library.impl(_lib, "dequantize_4bit", "CompositeExplicitAutograd")
+def _dequantize_4bit(parts: list[torch.Tensor], meta: list[int], dtype: torch.dtype, backend: str) -> torch.Tensor:
+    return dispatch.implementation("nf4", backend).dequantize(Weight4bit.from_parts(parts, meta), dtype)
+
+
+@torch.library.register_fake("peft_kernels::dequantize_4bit", lib=_lib)
+def _dequantize_4bit_fake(parts: list[torch.Tensor], meta: list[int], dtype: torch.dtype, backend: str) -> torch.Tensor:
+    return parts[0].new_empty((meta[0], meta[1]), dtype=dtype)
+
+
+def quantize_4bit(
+    w: torch.Tensor, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False
+) -> Weight4bit:
+    """Quantize a weight to 4 bits: each value becomes the code nearest to w / absmax of its block.
+
+    Args:
+        w: (N, K) float32, float16 or bfloat16.
+        quant_type: "nf4" or "fp4". blocksize: a power of two from 32 to 4096.
+        double_quant: store the absmax in 8 bits as well.
+
+    Returns:
+        Weight4bit: codes and float32 absmax equal to bitsandbytes' bit for bit.
+
+    Raises:
+        ValueError, TypeError: see `Weight4bit.quantize`.
+
+    Source: QLoRA, arXiv:2305.14314, equations 1 to 3.
+    """
+    return Weight4bit.quantize(w, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
+
+
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """W = code[q] * scale in float32, rounded once to `dtype`; bit for bit what bitsandbytes returns.
+
+    Args:
+        weight: Weight4bit of shape (N, K). dtype: float32, float16, bfloat16 or float64; default weight.dtype.
+
+    Returns:
+        Tensor: (N, K) of dtype, without gradient.
+
+    Raises:
+        TypeError: weight is no Weight4bit.
+    """
+    return check_weight4bit(weight).dequantize(dtype)
+
+
+def check_weight4bit(weight: Any) -> Weight4bit:
+    """The weight itself, or a TypeError that says how to make one."""
+    if not isinstance(weight, Weight4bit):
+        raise bad_type("weight", "a Weight4bit", weight, "Make one with quantize_4bit or Weight4bit.from_bnb.")
+    return weight
