@@ -29,6 +29,8 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 }
 
 _requested = os.environ.get("PEFT_KERNELS_BACKEND", "auto")
+if _requested not in (*BACKENDS, "auto"):
+    raise bad_value("PEFT_KERNELS_BACKEND", f"one of {(*BACKENDS, 'auto')}", repr(_requested), "Unset it.")
 _logged: set[tuple[str, str]] = set()
 _recorder: list[Explanation] | None = None
 
@@ -104,7 +106,7 @@ def choose(op: str, *args: Any) -> str:
         raise _Explained
     if chosen is None:
         raise BackendError(
-            f"backend {_requested!r} was asked for and cannot run {op}: {passed_over.get(_requested, 'unknown backend')}. "
+            f"backend {_requested!r} was asked for and cannot run {op}: {passed_over[_requested]}. "
             "Choose another with peft_kernels.use_backend(...) or unset PEFT_KERNELS_BACKEND."
         )
     if chosen == "reference" and _requested == "auto":
@@ -122,8 +124,8 @@ def explain(module_or_function: Any, *args: Any, **kwargs: Any) -> str:
     """Which kernel a call would run, and for each backend passed over, why.
 
     Args:
-        module_or_function: a `peft_kernels.functional` function, a `peft_kernels.nn` module, or any module whose forward
-            calls one (a replaced layer, a whole model).
+        module_or_function: a `peft_kernels.functional` function, a `peft_kernels.nn` module, or any module whose
+            forward calls one (a replaced layer, a whole model).
         args, kwargs: the call's arguments. A module with `in_features` may be given none: one row of zeros is assumed.
 
     Returns:

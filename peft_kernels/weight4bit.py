@@ -122,7 +122,7 @@ class Weight4bit:
         """Share the memory of a bitsandbytes weight: a `Params4bit`, or a pair (packed, quant_state).
 
         A weight that bitsandbytes has repacked in place for its CPU kernel (after a forward in eval mode on a machine
-        with AVX512-BF16) is unpacked into a new tensor; its scales stay rounded to bfloat16 as that repacking left them.
+        with AVX512-BF16) is unpacked into a new tensor; its scales stay as that repacking rounded them, to bfloat16.
 
         Raises:
             TypeError: neither of the two. ValueError: not quantized yet, or not a matrix.
@@ -192,7 +192,7 @@ class Weight4bit:
         return [self.packed, self.absmax, self.nested.absmax2, self.nested.code, self.nested.offset]
 
     def meta(self) -> list[int]:
-        """What is not a tensor: N, K, blocksize, quant_type, nested blocksize, dtype, the last two and third as indices."""
+        """What is not a tensor: N, K, blocksize, quant_type (its index), nested blocksize, dtype (its index)."""
         nested_blocksize = self.nested.blocksize if self.nested is not None else 0
         quant_type = nf4.QUANT_TYPES.index(self.quant_type)
         return [*self.shape, self.blocksize, quant_type, nested_blocksize, DTYPES.index(self.dtype)]
@@ -213,7 +213,7 @@ class Weight4bit:
 def _unpack_cpu_layout(data: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """bitsandbytes' CPU layout [N/32][K/2][32 bytes] -> the canonical one.
 
-    Byte j of a group holds, in its low nibble, element (row j // 2, column j % 2) and, in its high one, row 16 + j // 2.
+    Byte j of a group: element (row j // 2, column j % 2) in the low nibble, that of row 16 + j // 2 in the high one.
     """
     groups = data.view(n // 32, k // 2, 16, 2)
     rows = torch.stack([groups & 0xF, groups >> 4], dim=2).view(n // 32, k // 2, 32, 2)

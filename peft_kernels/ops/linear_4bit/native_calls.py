@@ -1,4 +1,4 @@
-"""`linear_4bit` on the native core: the fused kernels where they win, else decode to a scratch and the vendor's GEMM."""
+"""`linear_4bit` on the native core: the fused kernels where they win, else decode to scratch and vendor GEMM."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def dynamic_map(device: torch.device) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat x (n,) -> packed (ceil(n / 2),) uint8 and absmax (ceil(n / blocksize),) float32; a tie takes the lower code."""
+    """Flat x (n,) -> packed (ceil(n / 2),) uint8 and absmax (ceil(n / blocksize),) float32; ties go down."""
     code, order = code_book(quant_type, x.device).sort(stable=True)
     midpoints = (code[:-1] + code[1:]) / 2
     n, tail = x.numel(), x.numel() % blocksize
@@ -75,7 +75,7 @@ def quantize(x: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Te
 
 
 def quantize_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """absmax (n,) float32 -> codes (n,) uint8, absmax2 (ceil(n / 256),) float32, offset () float32: the nearest code."""
+    """absmax (n,) float32 -> nearest codes (n,) uint8, absmax2 (ceil(n / 256),) float32, offset () float32."""
     offset = absmax.mean()
     n = absmax.numel()
     centred = torch.nn.functional.pad(absmax - offset, (0, -n % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
