@@ -7,18 +7,10 @@ import peft_kernels as pk
 from peft_kernels import dispatch
 from peft_kernels.ops.nf4.reference import CODES, dynamic_map
 
+OP = "nf4"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"one": (1, 1), "odd": (7, 13), "partial-block": (33, 100), "straddling": (5, 96), "square": (64, 64)}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=["reference", "native"])
-def backend(request):
-    """Each backend that runs the codec on the CPU."""
-    if reason := dispatch.why_not("nf4", request.param, torch.empty(1)):
-        pytest.skip(reason)
-    with pk.use_backend(request.param):
-        yield request.param
 
 
 @pytest.fixture
