@@ -21,6 +21,8 @@ MODES = ("auto", "none", "cpu", "cuda")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mfma", "-mf16c"]
+# GCC 12's own AVX-512 header reads its deliberately undefined registers, hundreds of warnings a file (GCC bug 105593).
+AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # A file's suffix selects the instructions it may use; csrc/cpu/isa.cpp decides at run time which files are entered.
 ISA_FLAGS = {"_avx512bf16": [*AVX512, "-mavx512bf16"], "_avx512": AVX512, "_avx2": AVX2}
 
@@ -72,7 +74,7 @@ class BuildNative(build_ext):
                 print(
                     f"\nWARNING: the native core was not built ({error}).\n"
                     "WARNING: peft_kernels will be installed as pure Python and CPU operations will be slower.\n"
-                    "WARNING: install a C++17 compiler, then reinstall with PEFT_KERNELS_BUILD=cpu to see the failure.\n",
+                    "WARNING: install a C++17 compiler, then reinstall with PEFT_KERNELS_BUILD=cpu to see why.\n",
                     file=sys.stderr,
                 )
                 if not getattr(error, "__module__", "").startswith(("distutils", "setuptools")):

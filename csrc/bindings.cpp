@@ -1,26 +1,10 @@
 // Every function that peft_kernels._native exports: the table of contents, nothing else.
 #include "cpu/isa.h"
+#include "cpu/nf4_codec.h"
 #include "wire.h"
 
 namespace py = pybind11;
 using namespace peft_kernels;
-
-static Weight4 make_weight4(std::uintptr_t packed, std::uintptr_t absmax, std::uintptr_t absmax2, std::uintptr_t code2,
-                            std::uintptr_t offset, int64_t nested_blocksize, int quant_type, int64_t N, int64_t K,
-                            int64_t blocksize) {
-  const Weight4 weight{Wire<const uint8_t*>::unwrap(packed),
-                       Wire<const void*>::unwrap(absmax),
-                       Wire<const float*>::unwrap(absmax2),
-                       Wire<const float*>::unwrap(code2),
-                       Wire<const float*>::unwrap(offset),
-                       nested_blocksize,
-                       Wire<QuantType>::unwrap(quant_type),
-                       N,
-                       K,
-                       blocksize};
-  check_weight4(weight);
-  return weight;
-}
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of peft_kernels: raw pointers in, no torch headers.";
@@ -31,10 +15,17 @@ PYBIND11_MODULE(_native, m) {
 
   // Borrowed pointers: the caller keeps the tensors alive and contiguous for as long as the object is used.
   py::class_<Weight4>(m, "Weight4")
-      .def(py::init(&make_weight4), py::arg("packed"), py::arg("absmax"), py::arg("absmax2"), py::arg("code2"),
-           py::arg("offset"), py::arg("nested_blocksize"), py::arg("quant_type"), py::arg("N"), py::arg("K"),
-           py::arg("blocksize"))
+      .def(py::init(&Wired<make_weight4>::call), py::arg("packed"), py::arg("absmax"), py::arg("absmax2"),
+           py::arg("code2"), py::arg("offset"), py::arg("nested_blocksize"), py::arg("quant_type"), py::arg("N"),
+           py::arg("K"), py::arg("blocksize"))
       .def_readonly("N", &Weight4::N)
       .def_readonly("K", &Weight4::K)
       .def_readonly("blocksize", &Weight4::blocksize);
+
+  def_kernel<quantize_4bit>(m, "quantize_4bit", py::arg("x"), py::arg("dtype"), py::arg("numel"), py::arg("blocksize"),
+                            py::arg("quant_type"), py::arg("packed"), py::arg("absmax"));
+  def_kernel<quantize_nested>(m, "quantize_nested", py::arg("absmax"), py::arg("count"), py::arg("offset"),
+                              py::arg("code2"), py::arg("nested_blocksize"), py::arg("codes"), py::arg("absmax2"));
+  def_kernel<dequantize_4bit>(m, "dequantize_4bit", py::arg("weight"), py::arg("begin"), py::arg("end"), py::arg("out"),
+                              py::arg("dtype"));
 }

@@ -32,6 +32,8 @@ struct Weight4 {
 };
 
 // Throws std::invalid_argument unless the fields are consistent.
-void check_weight4(const Weight4& weight);
+Weight4 make_weight4(const uint8_t* packed, const void* absmax, const float* absmax2, const float* code2,
+                     const float* offset, int64_t nested_blocksize, QuantType quant_type, int64_t N, int64_t K,
+                     int64_t blocksize);
 
 }  // namespace peft_kernels
