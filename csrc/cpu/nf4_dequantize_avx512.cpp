@@ -66,9 +66,9 @@ inline void run_half(__m512i table, const uint8_t* packed, int64_t count, uint16
 template <bool stream>
 inline void run_float(__m512 table, const uint8_t* packed, int64_t count, float* out) {
   for (; count >= 16; count -= 16, packed += 8, out += 16) {
-    const __m512i bytes =
-        _mm512_set1_epi64(*reinterpret_cast<const long long __attribute__((aligned(1), may_alias))*>(packed));
-    store<stream>(out, _mm512_castps_si512(lookup16(table, bytes)));
+    long long bytes;
+    std::memcpy(&bytes, packed, 8);
+    store<stream>(out, _mm512_castps_si512(lookup16(table, _mm512_set1_epi64(bytes))));
   }
   if (count > 0)
     _mm512_mask_storeu_ps(out, __mmask16((1u << count) - 1),

@@ -1,0 +1,75 @@
+"""What setup.py does in each PEFT_KERNELS_BUILD mode, and how the native core sits in the process."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = "from peft_kernels import native; assert native.load() is None; print(native.why_not())"
+
+if not (ROOT / "setup.py").exists():
+    pytest.skip("needs a source checkout", allow_module_level=True)
+
+
+def run(*command, cwd, **env):
+    return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the sources, without anything built."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "peft_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    return tmp_path
+
+
+def build(checkout, **env):
+    return run(sys.executable, "setup.py", "-q", "build", "--build-lib", "lib", cwd=checkout, **env)
+
+
+def import_report(checkout):
+    result = run(sys.executable, "-c", REPORT, cwd=checkout / "lib", PYTHONPATH=str(checkout / "lib"))
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_none_gives_a_pure_python_package(checkout):
+    result = build(checkout, PEFT_KERNELS_BUILD="none")
+    assert result.returncode == 0, result.stderr
+    assert "PEFT_KERNELS_BUILD=cpu" in import_report(checkout)
+
+
+def test_auto_survives_a_broken_compiler_with_one_warning(checkout):
+    result = build(checkout, PEFT_KERNELS_BUILD="auto", CC="false", CXX="false")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the native core was not built") == 1
+    assert "could not be imported" in import_report(checkout)
+
+
+def test_cpu_with_a_broken_compiler_is_an_error(checkout):
+    assert build(checkout, PEFT_KERNELS_BUILD="cpu", CC="false", CXX="false").returncode != 0
+
+
+@pytest.mark.parametrize("mode, message", [("gpu", "expected one of"), ("cuda", "no CUDA C++ sources")])
+def test_other_modes_are_refused(checkout, mode, message):
+    result = build(checkout, PEFT_KERNELS_BUILD=mode)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_one_openmp_runtime_in_the_process():
+    core = native.load()
+    if core is None:
+        pytest.skip(native.why_not())
+    libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    assert len(libraries) == 1
