@@ -36,6 +36,16 @@ def why_not() -> str | None:
     return None if load() is not None else _reason
 
 
+def why_not_tensors(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the native core cannot compute with tensors of these dtypes on this device, or None."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, x is on {device}"
+    for dtype in dtypes:
+        if dtype not in _DTYPE_CODES:
+            return f"it computes in bfloat16, float16 and float32, not {dtype}"
+    return why_not()
+
+
 def dtype_code(dtype: torch.dtype) -> int:
     """The native code of a dtype that the kernels compute in; TypeError for any other."""
     try:

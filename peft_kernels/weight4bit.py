@@ -175,8 +175,8 @@ class Weight4bit:
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W (N, K) in `dtype` (default: the dtype it was quantized from): code * scale in float32, rounded once."""
         dtype = dtype or self.dtype
-        backend = dispatch.choose("nf4", self.packed)
-        if backend == "reference" or self.packed.numel() == 0 or dtype not in DTYPES:
+        backend = dispatch.choose("nf4", self.device, (dtype,))
+        if backend == "reference" or self.packed.numel() == 0:
             return nf4.dequantize_reference(self, dtype)
         return torch.ops.peft_kernels.dequantize_4bit(self.parts(), self.meta(), dtype, backend)
 

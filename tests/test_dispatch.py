@@ -21,11 +21,13 @@ def call():
 def no_implementation(monkeypatch):
     """Every fast backend refuses, each with a reason of its own."""
 
-    def refuse(op, backend, *args):
+    def refuse(op, backend, device, dtypes):
         return None if backend == "reference" else f"{backend} is switched off"
 
     monkeypatch.setattr(dispatch, "why_not", refuse)
-    monkeypatch.setattr(dispatch, "_logged", set())
+    dispatch._search.cache_clear()
+    yield
+    dispatch._search.cache_clear()
 
 
 def test_context_manager_restores(call):

@@ -127,7 +127,7 @@ def test_empty(backend):
 
 def test_library_op():
     w = pk.Weight4bit.quantize(torch.randn(8, 64))
-    if reason := dispatch.why_not("nf4", "native", w.packed):
+    if reason := dispatch.why_not("nf4", "native", w.device, ()):
         pytest.skip(reason)
     arguments = (w.parts(), w.meta(), torch.bfloat16, "native")
     torch.library.opcheck(torch.ops.peft_kernels.dequantize_4bit.default, arguments)

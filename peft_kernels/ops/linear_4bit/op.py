@@ -41,7 +41,7 @@ def linear_4bit(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None =
     check_bias(bias, weight.shape[0], x.device)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    backend = dispatch.choose("linear_4bit", x, weight)
+    backend = dispatch.choose("linear_4bit", x.device, (x.dtype,))
     if backend == "reference":
         return reference.linear_4bit(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])

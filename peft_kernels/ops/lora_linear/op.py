@@ -70,7 +70,7 @@ def lora_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         weight = weight.to(x.dtype) if isinstance(weight, torch.Tensor) else weight
-    backend = dispatch.choose("lora_linear", x, weight, adapters.lora_A, adapters.lora_B)
+    backend = dispatch.choose("lora_linear", x.device, (x.dtype, *adapters.dtypes()))
     seeds = draw_seeds(adapters.dropout_p, x.device)
     if backend == "reference":
         return reference.with_seeds(x, weight, adapters, bias, seeds)
