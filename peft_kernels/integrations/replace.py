@@ -1,23 +1,233 @@
-"""replace_layers and restore_layers."""
+"""replace_layers and restore_layers: swap a layer's class for a fused subclass of that very class, and back."""
 
 from __future__ import annotations
 
+import fnmatch
+import importlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
+from .. import dispatch
+from ..checks import bad_type, bad_value
+from .report import Entry, ReplacementReport
 
-class ReplacementReport:
-    """What replace_layers did, layer by layer."""
+# A class by its qualified name -> the module here and the class in it that takes its place. A fused class is a subclass
+# of the one it replaces; it has `why_not(module)`, which says why that layer cannot be served, or None if it can, and
+# `_prepare(module)`, which readies the layer and returns how to undo that. By name, so that nothing is imported that
+# the model does not already use.
+REGISTRY: dict[str, tuple[str, str]] = {
+    "peft.tuners.lora.layer.Linear": ("hf_peft", "FusedLinear"),
+    "peft.tuners.lora.bnb.Linear4bit": ("hf_peft_4bit", "FusedLinear4bit"),
+    "bitsandbytes.nn.modules.Linear4bit": ("bitsandbytes", "FusedLinear4bit"),
+    "bitsandbytes.nn.modules.LinearNF4": ("bitsandbytes", "FusedLinearNF4"),
+    "bitsandbytes.nn.modules.LinearFP4": ("bitsandbytes", "FusedLinearFP4"),
+}
+
+Filter = str | Callable[[str, nn.Module], bool]
+Undo = Callable[[], None]
 
 
 def replace_layers(
-    model: torch.nn.Module, *, include: Any = None, exclude: Any = None, strict: bool = False
+    model: nn.Module,
+    *,
+    include: Filter | Iterable[Filter] | None = None,
+    exclude: Filter | Iterable[Filter] | None = None,
+    strict: bool = False,
 ) -> ReplacementReport:
-    """Replace in place every layer that has a kernel."""
-    raise RuntimeError("not built yet")
+    """Make every layer of `model` that has a kernel use it, in place, by swapping its class for a fused subclass.
+
+    Served are Hugging Face PEFT's LoRA layers over nn.Linear and over bitsandbytes' Linear4bit, and bitsandbytes'
+    Linear4bit itself. Parameters, state-dict keys, hooks and every method but `forward` stay as they are; a call that
+    has no kernel (DoRA, adapter_names, hooks on inner modules) goes to the old forward, and `peft_kernels.explain` says
+    why. Calling it again, for instance after adding adapters to further layers, replaces only what is new.
+
+    Args:
+        model: any module, a single layer too.
+        include: which layers to replace; default all. A pattern for the dotted name or a tail of it (`fnmatch`:
+            "q_proj", "layers.0.*", "*.mlp.*"), a callable (name, module) -> bool, or an iterable of these, any of which
+            may match. A 4-bit base layer inside a LoRA layer follows that layer.
+        exclude: the same, for layers to leave alone; it prevails over `include`.
+        strict: raise if any layer that was not excluded must be left alone.
+
+    Returns:
+        ReplacementReport: one entry for each layer looked at; print it for a table.
+
+    Raises:
+        TypeError: model is no module, or a filter is neither a string nor callable.
+        ValueError: an `include` pattern matches no layer.
+        RuntimeError: strict and a layer must be left alone, or a layer's check failed. The error names the layer, and
+            the model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise bad_type("model", "a torch.nn.Module", model, "Pass the model that holds the layers.")
+    candidates = list(_candidates(model))
+    include_filters, exclude_filters = _filters("include", include), _filters("exclude", exclude)
+    _check_patterns(include_filters, candidates)
+    plan = []
+    for name, module, lora in candidates:
+        owner = lora or (name, module)
+        wanted = (include is None or _matches(include_filters, *owner)) and not _matches(exclude_filters, *owner)
+        reason = _checked(name, module, lambda m: _fused_class(m).why_not(m)) if wanted else "excluded by the caller"
+        plan.append((name, module, lora, reason, wanted))
+    refused = [(name, module, reason) for name, module, _, reason, wanted in plan if wanted and reason]
+    if strict and refused:
+        lines = "\n".join(f"  {name} ({_qualified(type(module))}): {reason}" for name, module, reason in refused)
+        raise RuntimeError(f"strict: {len(refused)} layers must be left alone; nothing was changed.\n{lines}")
+    return ReplacementReport(tuple(_carry_out(plan)))
 
 
-def restore_layers(model: torch.nn.Module) -> None:
-    """Undo replace_layers."""
-    raise RuntimeError("not built yet")
+def restore_layers(model: nn.Module) -> None:
+    """Undo replace_layers: every fused layer of `model` gets its old class back.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise bad_type("model", "a torch.nn.Module", model, "Pass the model that holds the layers.")
+    for module in model.modules():
+        if _is_fused(type(module)):
+            _restore(module)
+
+
+def _restore(module: nn.Module) -> None:
+    module.__dict__.pop("_weight_view", None)
+    module.__class__ = type(module).__bases__[-1]
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, nn.Module] | None]]:
+    """The layers to look at: name, module, and for a 4-bit base layer the LoRA layer around it (name, module)."""
+    lora_of: dict[nn.Module, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        kinds = [_qualified(cls) for cls in type(module).__mro__]
+        if "peft.tuners.tuners_utils.BaseTunerLayer" in kinds:
+            base = getattr(module, "base_layer", None)
+            if isinstance(base, nn.Module):
+                lora_of[base] = (name, module)
+        elif not any(kind in REGISTRY for kind in kinds):
+            continue
+        yield name, module, lora_of.get(module)
+
+
+def _fused_class(module: nn.Module) -> Any:
+    """The fused class for a module of exactly a registered class, or of a fused one; else one that says why not."""
+    if _is_fused(type(module)):
+        return type(module)
+    entry = REGISTRY.get(_qualified(type(module)))
+    if entry is None:
+        return _NoKernel
+    return getattr(importlib.import_module(f"peft_kernels.integrations.{entry[0]}"), entry[1])
+
+
+class _NoKernel:
+    @staticmethod
+    def why_not(module: nn.Module) -> str:
+        known = next((c for c in type(module).__mro__[1:] if _qualified(c) in REGISTRY), None)
+        if known is not None:
+            return f"a subclass of {_qualified(known)} that is not known here may compute something else"
+        return "there is no kernel for this class"
+
+
+def why_base_not(base: nn.Module) -> str | None:
+    """Why a LoRA layer's base layer cannot be served, or None if it can."""
+    fused = _fused_class(base)
+    if fused is _NoKernel or not hasattr(fused, "_weight4bit"):
+        return f"its base layer is of class {_qualified(type(base))}, which has no kernel"
+    return fused.why_not(base)
+
+
+def _is_fused(cls: type) -> bool:
+    return cls.__module__.startswith("peft_kernels.integrations.")
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _filters(argument: str, value: Filter | Iterable[Filter] | None) -> list[Filter]:
+    filters = [] if value is None else [value] if isinstance(value, str) or callable(value) else list(value)
+    for item in filters:
+        if not (isinstance(item, str) or callable(item)):
+            raise bad_type(argument, "name patterns or callables (name, module) -> bool", item, "See replace_layers.")
+    return filters
+
+
+def _matches(filters: list[Filter], name: str, module: nn.Module) -> bool:
+    for item in filters:
+        if not isinstance(item, str):
+            if item(name, module):
+                return True
+        elif fnmatch.fnmatchcase(name, item) or fnmatch.fnmatchcase(name, f"*.{item}"):
+            return True
+    return False
+
+
+def _check_patterns(filters: list[Filter], candidates: list) -> None:
+    """A pattern that matches nothing is a misspelling."""
+    for item in filters:
+        if isinstance(item, str) and not any(_matches([item], name, module) for name, module, _ in candidates):
+            names = ", ".join(name for name, _, lora in candidates[:4] if lora is None)
+            remedy = "A pattern matches the dotted name or a tail of it that starts after a dot."
+            raise bad_value(
+                "include", f"patterns that match a layer (such as {names or 'none here'})", repr(item), remedy
+            )
+
+
+def _checked(name: str, module: nn.Module, step: Callable[[nn.Module], Any]) -> Any:
+    """step(module), its failure told with the layer's name."""
+    try:
+        return step(module)
+    except Exception as error:
+        raise RuntimeError(
+            f"replace_layers: layer {name!r} ({_qualified(type(module))}) failed with {type(error).__name__}: {error}. "
+            f"Nothing was changed; leave it out with exclude={name!r}."
+        ) from error
+
+
+def _carry_out(plan: list) -> list[Entry]:
+    """Swap all classes that the plan says, or none; then ask each layer which kernel it runs."""
+    undo: list[Undo] = []
+    old = {module: _qualified(_old_class(module)) for _, module, *_ in plan}
+    try:
+        for name, module, _, reason, _ in plan:
+            if reason is None:
+                undo += _checked(name, module, _swap)
+        return [_entry(name, module, old[module], lora, *rest) for name, module, lora, *rest in plan]
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _old_class(module: nn.Module) -> type:
+    return type(module).__bases__[-1] if _is_fused(type(module)) else type(module)
+
+
+def _swap(module: nn.Module) -> list[Undo]:
+    """Swap one class; how to undo it. A layer that is fused already only has its weight looked at again."""
+    fused = _fused_class(module)
+    undo: list[Undo] = fused._prepare(module)
+    if type(module) is not fused:
+        module.__class__ = fused
+        undo.append(lambda: _restore(module))
+    return undo
+
+
+def _entry(
+    name: str, module: nn.Module, old_class: str, lora: tuple[str, nn.Module] | None, reason: str | None, wanted: bool
+) -> Entry:
+    if reason is not None:
+        new_class = _qualified(type(module)) if _is_fused(type(module)) else None  # excluded, but fused earlier
+        return Entry(name, old_class, new_class, None, None, reason, "left" if wanted else "excluded")
+    x = torch.zeros(1, module.in_features, dtype=module._input_dtype, device=module.weight.device)  # type: ignore
+    recorded = _checked(name, module, lambda m: dispatch.record(m, x))
+    chosen = next((step for step in recorded if isinstance(step, dispatch.Explanation)), None)
+    notes = [str(step) for step in recorded if not isinstance(step, dispatch.Explanation)]
+    status = "base" if lora is not None and _is_fused(type(lora[1])) else "replaced"
+    fields = (name, old_class, _qualified(type(module)))
+    if chosen is None:
+        return Entry(*fields, None, None, "; ".join(notes), status)
+    passed_over = tuple(chosen.passed_over.items())
+    return Entry(*fields, chosen.op, chosen.chosen, "; ".join(notes) or None, status, passed_over)

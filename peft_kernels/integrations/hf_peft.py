@@ -1,0 +1,172 @@
+"""Hugging Face PEFT's LoRA layer on `lora_linear`; the methods but `forward` are PEFT's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft.tuners.lora.layer as lora
+import torch
+from torch import nn
+
+from .. import dispatch
+from ..functional import lora_linear
+from .replace import Undo, why_base_not
+
+_PLAIN = (torch.Tensor, nn.Parameter)  # not DTensor, not a quantized or otherwise wrapped tensor
+
+
+class FusedLoRA:
+    """`forward` for a PEFT LoRA layer: one kernel where there is one, PEFT's forward for all else."""
+
+    @staticmethod
+    def why_not(layer: Any) -> str | None:
+        """Why no call of this layer can be served, or None. What one call lacks is found out by that call."""
+        reason = overridden(layer)
+        if reason is not None:
+            return f"its {reason}"
+        base = layer._modules["base_layer"]
+        reason = overridden(base) if type(base) is nn.Linear else why_base_not(base)
+        if reason is not None:
+            return reason if type(base) is not nn.Linear else f"its base layer's {reason}"
+        adapters = [_adapter(layer, name) for name in layer.lora_A]
+        if adapters and all(isinstance(adapter, str) for adapter in adapters):
+            return adapters[0]
+        return None
+
+    @staticmethod
+    def _prepare(layer: Any) -> list[Undo]:
+        return []
+
+    @property
+    def _input_dtype(self) -> torch.dtype:
+        base = self._modules["base_layer"]  # type: ignore[attr-defined]
+        return base.weight.dtype if type(base) is nn.Linear else base._input_dtype
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x (..., K) -> (..., N), with the casts, the dropout and the adapters that PEFT's forward would use."""
+        call = _gather(self, x) if not (args or kwargs) else f"it was given arguments besides x ({', '.join(kwargs)})"
+        if isinstance(call, str):
+            if (
+                dispatch.recording()
+            ):  # PEFT would unmerge a merged layer whose adapters are disabled: say it, stop there
+                dispatch.note(f"{type(self).__bases__[-1].__qualname__}: left to PEFT: {call}", final=self.merged)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        x, weight, bias, lora_A, lora_B, scaling, lora_bias, dropout_p, out_dtype = call
+        y = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, lora_bias=lora_bias, dropout_p=dropout_p)
+        return y if out_dtype is None else y.to(out_dtype)
+
+
+class FusedLinear(FusedLoRA, lora.Linear):
+    """`peft.tuners.lora.Linear` over nn.Linear, or over a 4-bit layer that the model does not declare."""
+
+
+def overridden(module: nn.Module) -> str | None:
+    """Why the module's forward may not be bypassed: something else has to see or do the call."""
+    if "forward" in module.__dict__:
+        return "forward is replaced on the instance" + (" (accelerate's hook)" if hasattr(module, "_hf_hook") else "")
+    return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _adapter(layer: Any, name: str) -> Any:
+    """A, B, scaling, bias of B and dropout probability of one adapter, or why it has no kernel."""
+    if name in layer.lora_variant:
+        variant = type(layer.lora_variant[name]).__name__
+        return f"there is no kernel for adapter {name!r}, a {variant.removesuffix('LinearVariant')} variant of LoRA"
+    modules = layer._modules
+    a: Any = modules["lora_A"]._modules[name]
+    b: Any = modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    kind = type(dropout)
+    if kind is nn.Identity:
+        p = 0.0
+    elif kind is nn.Dropout:
+        p = dropout.p if dropout.training else 0.0
+    else:
+        return f"adapter {name!r} has a dropout of class {kind.__name__}"
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not of nn.Linear"
+    if _hooked(a) or _hooked(b) or _hooked(dropout):
+        return f"a module of adapter {name!r} has hooks"
+    weight_a: Any = a._parameters.get("weight")
+    weight_b: Any = b._parameters.get("weight")
+    if type(weight_a) not in _PLAIN or type(weight_b) not in _PLAIN:
+        return f"a weight of adapter {name!r} is a {type(weight_a).__name__}, which is gathered by its module's forward"
+    if weight_a.dtype is not weight_b.dtype:
+        return f"adapter {name!r} has A in {weight_a.dtype} and B in {weight_b.dtype}"
+    return weight_a, weight_b, layer.scaling[name], b._parameters["bias"], p
+
+
+def _gather(layer: Any, x: torch.Tensor) -> Any:
+    """What `lora_linear` takes, and the dtype to cast its result to (None: as it comes); or why it cannot be called."""
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return "its adapters are merged into the base layer"
+    if type(x) not in _PLAIN or not x.is_floating_point():
+        return f"x is a {type(x).__name__} of {getattr(x, 'dtype', 'no dtype')}"
+    base = layer._modules["base_layer"]
+    if _hooked(base):
+        return "the base layer has hooks"
+    adapters = []
+    lora_A = layer._modules["lora_A"]._modules
+    for name in layer.active_adapters:
+        if name in lora_A:
+            adapter = _adapter(layer, name)
+            if isinstance(adapter, str):
+                return adapter
+            adapters.append(adapter)
+    if not adapters:
+        return "it has none of the active adapters"
+    a, b, scaling, lora_bias, dropout_p = zip(*adapters)  # noqa: B905 (lengths are equal, and this runs at every call)
+    if not layer.cast_input_dtype_enabled and any(weight.dtype is not x.dtype for weight in a):
+        return "the cast of x to the adapter's dtype is disabled"
+    served = _dense(base, x) if type(base) is nn.Linear else _four_bit(base, x, a)
+    if isinstance(served, str):
+        return served
+    x, weight, out_dtype = served
+    return x, weight, base._parameters["bias"], a, b, scaling, lora_bias, dropout_p, out_dtype
+
+
+def _dense(base: Any, x: torch.Tensor) -> Any:
+    """x, weight and None; torch's rules for mixed dtypes are torch's to enforce."""
+    weight, bias = base._parameters.get("weight"), base._parameters["bias"]
+    if type(weight) not in _PLAIN:
+        return f"the base weight is a {type(weight).__name__}, which is gathered by its module's forward"
+    if torch.is_autocast_enabled(x.device.type):
+        if x.dtype is torch.float64:
+            return "autocast leaves float64 as it is"
+    elif weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
+        return f"x is {x.dtype}, the base layer {weight.dtype}"
+    return x, weight, None
+
+
+def _four_bit(base: Any, x: torch.Tensor, lora_A: tuple[torch.Tensor, ...]) -> Any:
+    """x in the compute dtype, the Weight4bit, and x's dtype, in which bitsandbytes returns its result."""
+    weight4bit = getattr(type(base), "_weight4bit", None)
+    if weight4bit is None:
+        return f"the base layer is a {type(base).__name__} that replace_layers has not seen"
+    weight = weight4bit(base)
+    if isinstance(weight, str):
+        return f"the base layer's {weight}"
+    dtype, compute, device = x.dtype, base._compute_dtype_for(x), x.device.type
+    if torch.is_autocast_enabled(device):
+        branch = torch.get_autocast_dtype(device)
+        if branch is not compute:
+            return f"autocast computes the adapters in {branch}, the base layer computes in {compute}"
+        return x, weight, dtype
+    if compute is dtype:
+        return x, weight, None
+    for a in lora_A:
+        if a.dtype is not compute:
+            return f"x is {dtype} and an adapter {a.dtype}, but the base layer computes in {compute}"
+    return x.to(compute), weight, dtype
