@@ -1,12 +1,14 @@
 """Which implementation of an operation runs, and why the others were passed over.
 
 Each operation has up to three implementations: `native` (the C++ core, on the CPU), `triton` (on a GPU) and
-`reference` (pure torch, anywhere). Every native or triton implementation is a module with `why_not(*args)`, which says
-in a sentence why it cannot serve a call, or None if it can. `auto` takes the first that can, in the order below.
+`reference` (pure torch, anywhere). Every native or triton implementation is a module with `why_not(device, dtypes)`,
+which says in a sentence why it cannot serve such tensors, or None if it can; any shape must be served. `auto` takes the
+first that can, in the order below.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -16,7 +18,6 @@ from typing import Any
 import torch
 
 from .checks import BackendError, bad_value
-from .native import constant_when_traced
 
 log = logging.getLogger("peft_kernels")
 
@@ -34,8 +35,6 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 _requested = os.environ.get("PEFT_KERNELS_BACKEND", "auto")
 if _requested not in (*BACKENDS, "auto"):
     raise bad_value("PEFT_KERNELS_BACKEND", f"one of {(*BACKENDS, 'auto')}", repr(_requested), "Unset it.")
-_modules: dict[str, ModuleType] = {}
-_logged: set[tuple[str, str]] = set()
 _recorder: list[Explanation | str] | None = None
 
 
@@ -80,61 +79,55 @@ class use_backend:
 
 def implementation(op: str, backend: str) -> ModuleType:
     """The module that implements `op` on `backend` ("native" or "triton")."""
-    reason = _import(op, backend)
-    if reason is not None:
-        raise ImportError(f"the {backend} implementation of {op} {reason}")
-    return _modules[IMPLEMENTATIONS[op][backend]]
+    return importlib.import_module(IMPLEMENTATIONS[op][backend])
 
 
-@constant_when_traced  # the module itself could not be such a constant, hence `_modules`
-def _import(op: str, backend: str) -> str | None:
-    """Bring the module into `_modules`; why it cannot be imported, or None."""
-    name = IMPLEMENTATIONS[op][backend]
-    if name not in _modules:
-        try:
-            _modules[name] = importlib.import_module(name)
-        except ImportError as error:
-            return f"cannot be imported ({error})"
-    return None
-
-
-def why_not(op: str, backend: str, *args: Any) -> str | None:
-    """Why `backend` cannot run `op` on these arguments, or None if it can."""
+def why_not(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why `backend` cannot run `op` for tensors of these dtypes on this device, or None if it can."""
     if backend == "reference":
         return None
-    reason = _import(op, backend)
-    return reason if reason is not None else implementation(op, backend).why_not(*args)
+    try:
+        module = implementation(op, backend)
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    return module.why_not(device, dtypes)
 
 
-def choose(op: str, *args: Any) -> str:
-    """The name of the backend that runs `op` on these arguments."""
-    wanted = BACKENDS if _requested == "auto" else (_requested,)
-    passed_over: dict[str, str] = {}
-    chosen = None
-    for backend in wanted:
-        reason = why_not(op, backend, *args)
-        if reason is None:
-            chosen = backend
-            break
-        passed_over[backend] = reason
+def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    """The name of the backend that runs `op` for tensors of these dtypes on this device."""
+    chosen, passed_over = _found(op, _requested, device, dtypes)
     if _recorder is not None:
-        _recorder.append(Explanation(op, chosen, passed_over))
+        _recorder.append(Explanation(op, chosen, dict(passed_over)))
         raise _Explained
     if chosen is None:
         raise BackendError(
-            f"backend {_requested!r} was asked for and cannot run {op}: {passed_over[_requested]}. "
+            f"backend {_requested!r} was asked for and cannot run {op}: {passed_over[0][1]}. "
             "Choose another with peft_kernels.use_backend(...) or unset PEFT_KERNELS_BACKEND."
         )
-    if chosen == "reference" and _requested == "auto":
-        _log_once(op, "; ".join(f"{name}: {why}" for name, why in passed_over.items()))
     return chosen
 
 
-@constant_when_traced
-def _log_once(op: str, reason: str) -> None:
-    if (op, reason) not in _logged:
-        _logged.add((op, reason))
-        log.warning("%s runs on the reference path (slow): %s", op, reason)
+@torch.compiler.assume_constant_result
+def _found(op: str, requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> tuple:
+    """`_search`, evaluated while torch.compile traces: its arguments are constants, and `_requested` is guarded."""
+    return _search(op, requested, device, dtypes)
+
+
+@functools.cache
+def _search(op: str, requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> tuple:
+    """(backend or None, ((backend passed over, why), ...)); tells the log once when `auto` ends on the reference."""
+    passed_over: list[tuple[str, str]] = []
+    for backend in BACKENDS if requested == "auto" else (requested,):
+        reason = why_not(op, backend, device, dtypes)
+        if reason is None:
+            break
+        passed_over.append((backend, reason))
+    else:
+        return None, tuple(passed_over)
+    if backend == "reference" and requested == "auto":
+        reasons = "; ".join(f"{name}: {why}" for name, why in passed_over)
+        log.warning("%s runs on the reference path (slow): %s", op, reasons)
+    return backend, tuple(passed_over)
 
 
 def explain(module_or_function: Any, *args: Any, **kwargs: Any) -> str:

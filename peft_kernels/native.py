@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from types import ModuleType
 
 import torch  # loads the OpenMP runtime that the native core's symbols resolve to
@@ -16,15 +15,6 @@ _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/c
 
 _module: ModuleType | None = None
 _reason: str | None = None
-
-
-def constant_when_traced(function: Callable) -> Callable:
-    """Let torch.compile take the result as it is rather than trace an import or a log line.
-
-    This is torch.compiler.assume_constant_result without its import of the whole compiler.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def load() -> ModuleType | None:
@@ -41,10 +31,19 @@ def load() -> ModuleType | None:
     return _module
 
 
-@constant_when_traced
 def why_not() -> str | None:
     """None when the native core is usable, else why it is not and what to do about it."""
     return None if load() is not None else _reason
+
+
+def why_not_tensors(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the native core cannot compute with tensors of these dtypes on this device, or None."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, x is on {device}"
+    for dtype in dtypes:
+        if dtype not in _DTYPE_CODES:
+            return f"it computes in bfloat16, float16 and float32, not {dtype}"
+    return why_not()
 
 
 def dtype_code(dtype: torch.dtype) -> int:

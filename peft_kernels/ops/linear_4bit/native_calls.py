@@ -14,17 +14,12 @@ from ..nf4.native_calls import dequantize, native_weight
 # What the fused kernels add to their result before the one rounding: (left, right, scaling) and so on; see csrc.
 Term = tuple
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _scratch = threading.local()
 
 
-def why_not(x: torch.Tensor, weight: Weight4bit) -> str | None:
-    """Why the native core cannot serve this call."""
-    if x.device.type != "cpu":
-        return f"it runs on the CPU, x is on {x.device}"
-    if x.dtype not in _DTYPES:
-        return f"it computes in bfloat16, float16 and float32, x is {x.dtype}"
-    return native.why_not()
+def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the native core cannot serve such tensors."""
+    return native.why_not_tensors(device, dtypes)
 
 
 def fused_forward(m: int, dtype: torch.dtype, weight: Weight4bit) -> bool:

@@ -41,17 +41,21 @@ def linear_4bit(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None =
     check_bias(bias, weight.shape[0], x.device)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    backend = dispatch.choose("linear_4bit", x, weight)
+    backend = dispatch.choose("linear_4bit", x.device, (x.dtype,))
     if backend == "reference":
         return reference.linear_4bit(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    y = _Linear4bit.apply(rows, bias, tuple(weight.meta()), backend, *weight.parts())
+    parts, meta = weight.parts(), weight.meta()
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        y = _Linear4bit.apply(rows, bias, meta, backend, *parts)
+    else:
+        y = torch.ops.peft_kernels.linear_4bit_forward(rows, parts, meta, bias, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 class _Linear4bit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, meta: tuple, backend: str, *parts: torch.Tensor):
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, meta: list, backend: str, *parts: torch.Tensor):
         ctx.save_for_backward(*parts)
         ctx.meta, ctx.backend, ctx.bias_dtype = meta, backend, None if bias is None else bias.dtype
         return torch.ops.peft_kernels.linear_4bit_forward(x, parts, meta, bias, backend)

@@ -57,5 +57,9 @@ class Adapters:
                 check_shape(f"lora_bias[{i}]", lora_bias, (out_features,))
                 check_device(f"lora_bias[{i}]", lora_bias, device)
 
+    def dtypes(self) -> list[torch.dtype]:
+        """The dtypes of every A and B."""
+        return [t.dtype for t in (*self.lora_A, *self.lora_B)]
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float, torch.Tensor | None, float]]:
         return iter(zip(self.lora_A, self.lora_B, self.scaling, self.lora_bias, self.dropout_p, strict=True))

@@ -13,17 +13,9 @@ from ..linear_4bit import native_calls as base
 from ..linear_4bit.native_calls import row_major
 
 
-def why_not(
-    x: torch.Tensor,
-    weight: torch.Tensor | Weight4bit,
-    lora_A: Sequence[torch.Tensor],
-    lora_B: Sequence[torch.Tensor],
-) -> str | None:
-    """Why the native core cannot serve this call."""
-    for parameter in (*lora_A, *lora_B):
-        if parameter.dtype == torch.float64:
-            return "it takes adapters of bfloat16, float16 and float32, not float64"
-    return base.why_not(x, weight)  # type: ignore[arg-type]
+def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the native core cannot serve such tensors."""
+    return native.why_not_tensors(device, dtypes)
 
 
 def forward(

@@ -70,7 +70,7 @@ def lora_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         weight = weight.to(x.dtype) if isinstance(weight, torch.Tensor) else weight
-    backend = dispatch.choose("lora_linear", x, weight, adapters.lora_A, adapters.lora_B)
+    backend = dispatch.choose("lora_linear", x.device, (x.dtype, *adapters.dtypes()))
     seeds = draw_seeds(adapters.dropout_p, x.device)
     if backend == "reference":
         return reference.with_seeds(x, weight, adapters, bias, seeds)
@@ -78,9 +78,24 @@ def lora_linear(
         if lora_bias_i is not None:
             bias = s * lora_bias_i if bias is None else bias + s * lora_bias_i
     parts, meta = (weight.parts(), weight.meta()) if isinstance(weight, Weight4bit) else ([weight], [])
-    static = (len(parts), tuple(meta), tuple(adapters.scaling), tuple(adapters.dropout_p), backend)
+    rows = x.reshape(-1, in_features)
     tensors = (*parts, *adapters.lora_A, *adapters.lora_B)
-    y = _LoRALinear.apply(static, x.reshape(-1, in_features), bias, seeds, *tensors)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *tensors)):
+        static = (len(parts), meta, adapters.scaling, adapters.dropout_p, backend)
+        y = _LoRALinear.apply(static, rows, bias, seeds, *tensors)
+    else:
+        y, _ = torch.ops.peft_kernels.lora_linear_forward(
+            rows,
+            parts,
+            meta,
+            bias,
+            adapters.lora_A,
+            adapters.lora_B,
+            adapters.scaling,
+            adapters.dropout_p,
+            seeds,
+            backend,
+        )
     return y.view(*x.shape[:-1], out_features)
 
 

@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 QUANT_TYPE_CODES = {"nf4": 0, "fp4": 1}
 
 
-def why_not(tensor: torch.Tensor) -> str | None:
-    """Why the native codec cannot serve this tensor."""
-    if tensor.device.type != "cpu":
-        return f"it runs on the CPU, the tensor is on {tensor.device}"
-    return native.why_not()
+def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the native codec cannot serve such tensors."""
+    return native.why_not_tensors(device, dtypes)
 
 
 def quantize(flat: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:

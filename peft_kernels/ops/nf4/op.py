@@ -18,7 +18,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 def quantize(flat: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat (n,) -> packed (ceil(n / 2),) uint8, absmax (ceil(n / blocksize),) float32."""
-    backend = dispatch.choose("nf4", flat)
+    backend = dispatch.choose("nf4", flat.device, (flat.dtype,))
     if backend == "reference" or flat.numel() == 0:
         return reference.quantize(flat, blocksize, quant_type)
     return dispatch.implementation("nf4", backend).quantize(flat, blocksize, quant_type)
@@ -26,7 +26,7 @@ def quantize(flat: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch
 
 def quantize_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """absmax (n,) float32 -> codes (n,) uint8, absmax2 (ceil(n / 256),) float32, offset () float32."""
-    if dispatch.choose("nf4", absmax) == "native" and absmax.numel():
+    if dispatch.choose("nf4", absmax.device, (absmax.dtype,)) == "native" and absmax.numel():
         return dispatch.implementation("nf4", "native").quantize_nested(absmax)
     return reference.quantize_nested(absmax)
 
