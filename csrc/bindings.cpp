@@ -1,5 +1,6 @@
 // Every function that peft_kernels._native exports: the table of contents, nothing else.
 #include "cpu/isa.h"
+#include "cpu/linear_4bit.h"
 #include "cpu/nf4_codec.h"
 #include "wire.h"
 
@@ -28,4 +29,14 @@ PYBIND11_MODULE(_native, m) {
                               py::arg("code2"), py::arg("nested_blocksize"), py::arg("codes"), py::arg("absmax2"));
   def_kernel<dequantize_4bit>(m, "dequantize_4bit", py::arg("weight"), py::arg("begin"), py::arg("end"), py::arg("out"),
                               py::arg("dtype"));
+
+  def_kernel<linear_4bit_forward>(m, "linear_4bit_forward", py::arg("x"), py::arg("dtype"), py::arg("M"),
+                                  py::arg("ldx"), py::arg("weight"), py::arg("bias"), py::arg("bias_dtype"),
+                                  py::arg("terms"), py::arg("y"), py::arg("ldy"));
+  def_kernel<linear_4bit_backward>(m, "linear_4bit_backward", py::arg("dy"), py::arg("dtype"), py::arg("M"),
+                                   py::arg("ldy"), py::arg("weight"), py::arg("terms"), py::arg("dx"), py::arg("ldx"));
+  def_kernel<linear_4bit_forward_supported>(m, "linear_4bit_forward_supported", py::arg("dtype"), py::arg("M"),
+                                            py::arg("K"), py::arg("blocksize"));
+  def_kernel<linear_4bit_backward_supported>(m, "linear_4bit_backward_supported", py::arg("dtype"), py::arg("M"),
+                                             py::arg("K"), py::arg("blocksize"));
 }

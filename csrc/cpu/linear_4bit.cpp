@@ -1,0 +1,158 @@
+#include "cpu/linear_4bit.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/isa.h"
+#include "cpu/linear_4bit_kernels.h"
+#include "cpu/threads.h"
+
+namespace peft_kernels {
+namespace {
+
+constexpr int64_t kDotRows = 24;  // above, decoding a panel once beats decoding in registers for every 8 rows
+// Rows of `in` whose multiplication takes as long as decoding a panel: what a split over rows repeats.
+constexpr int64_t kForwardDecodeRows = 12, kBackwardDecodeRows = 6;
+constexpr int64_t kGrain = 1 << 18;  // products a thread does in about ten microseconds at M = 1
+
+void require(bool ok, const char* function, const std::string& message) {
+  if (!ok) throw std::invalid_argument(std::string(function) + ": " + message);
+}
+
+bool blocks_fit(int64_t K, int64_t blocksize) { return blocksize % 64 == 0 && K % blocksize == 0; }
+
+// blocks of lanes x splits of rows over the threads: the number of splits that finishes first.
+int64_t row_splits(int64_t panels, int64_t M, int64_t decode_rows, int64_t threads) {
+  int64_t best = 1, best_time = INT64_MAX;
+  for (int64_t splits = 1; splits <= threads && splits <= M; ++splits) {
+    const int64_t rounds = (panels * splits + threads - 1) / threads;
+    const int64_t time = rounds * (decode_rows + (M + splits - 1) / splits);
+    if (time < best_time) best = splits, best_time = time;
+  }
+  return best;
+}
+
+using Panel = void (*)(const Linear4Job&, int64_t lane0, int64_t m0, int64_t m1);
+
+void run_panels(const Linear4Job& job, int64_t lanes, int64_t decode_rows, int threads, Panel panel) {
+  const int64_t panels = (lanes + kLinear4Lanes - 1) / kLinear4Lanes;
+  const int64_t splits = row_splits(panels, job.M, decode_rows, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (int64_t item = 0; item < panels * splits; ++item) {
+    const int64_t split = item % splits;
+    panel(job, item / splits * kLinear4Lanes, job.M * split / splits, job.M * (split + 1) / splits);
+  }
+}
+
+void run_dot(const Linear4Job& job, int threads) {
+  const int64_t N = job.weight->N, blocks = (N + kLinear4DotLanes - 1) / kLinear4DotLanes;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t t = 0; t < threads; ++t) {
+    const int64_t n0 = blocks * t / threads * kLinear4DotLanes;
+    const int64_t n1 = std::min(N, blocks * (t + 1) / threads * kLinear4DotLanes);
+    if (n0 < n1) linear4_dot_avx512bf16(job, n0, n1);
+  }
+}
+
+void check_matrix(const char* function, const char* name, const void* data, int64_t columns, int64_t ld) {
+  require(data != nullptr, function, std::string(name) + " must not be null");
+  require(ld >= columns, function, std::string(name) + ": the row stride is shorter than a row");
+}
+
+template <typename Term>
+Linear4Term common_term(const char* function, const Term& term) {
+  Linear4Term out{};
+  out.left = reinterpret_cast<const float*>(std::get<0>(term));
+  out.ld = std::get<1>(term);
+  out.right = reinterpret_cast<const void*>(std::get<2>(term));
+  require(std::get<3>(term) >= 0 && std::get<3>(term) <= 2, function, "a term's dtype code must be 0, 1 or 2");
+  out.dtype = DType(std::get<3>(term));
+  out.r = std::get<4>(term);
+  require(out.r >= 1 && out.ld >= out.r, function, "a term needs 1 <= r <= its row stride");
+  require(out.left && out.right, function, "a term's pointers must not be null");
+  return out;
+}
+
+int64_t ranks(const std::vector<Linear4Term>& terms) {
+  int64_t sum = 0;
+  for (const Linear4Term& term : terms) sum += term.r;
+  return sum;
+}
+
+}  // namespace
+
+void* linear4_scratch(Linear4Scratch slot, size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffers[int(Linear4Scratch::Count)];
+  Buffer& buffer = buffers[int(slot)];
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(4096, rounded);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.size = rounded;
+  }
+  return buffer.data;
+}
+
+bool linear_4bit_forward_supported(DType dtype, int64_t M, int64_t K, int64_t blocksize) {
+  (void)M;
+  return blocks_fit(K, blocksize) && isa() == Isa::Avx512Bf16 && dtype == DType::BF16;
+}
+
+bool linear_4bit_backward_supported(DType dtype, int64_t M, int64_t K, int64_t blocksize) {
+  (void)M;
+  return blocks_fit(K, blocksize) && isa() == Isa::Avx512Bf16 && dtype == DType::BF16;
+}
+
+void linear_4bit_forward(const void* x, DType dtype, int64_t M, int64_t ldx, const Weight4& w, const void* bias,
+                         DType bias_dtype, const std::vector<ForwardTerm>& terms, void* y, int64_t ldy) {
+  constexpr const char* kName = "linear_4bit_forward";
+  require(M >= 0, kName, "M must not be negative");
+  require(linear_4bit_forward_supported(dtype, M, w.K, w.blocksize), kName, "unsupported dtype, M, K or blocksize");
+  if (M == 0 || w.N == 0) return;
+  check_matrix(kName, "x", x, w.K, ldx);
+  check_matrix(kName, "y", y, w.N, ldy);
+  std::vector<Linear4Term> common;
+  for (const ForwardTerm& term : terms) {
+    common.push_back(common_term(kName, term));
+    common.back().scaling = float(std::get<5>(term));
+  }
+  const Linear4Job job{x, dtype, M, ldx, &w, bias, bias_dtype, common.data(), int64_t(common.size()), ranks(common),
+                       y, ldy};
+  const int threads = threads_for(M * w.numel(), kGrain);
+  if (M <= kDotRows) return run_dot(job, threads);
+  run_panels(job, w.N, kForwardDecodeRows, threads, linear4_forward_panel_avx512bf16);
+}
+
+void linear_4bit_backward(const void* dy, DType dtype, int64_t M, int64_t ldy, const Weight4& w,
+                          const std::vector<BackwardTerm>& terms, void* dx, int64_t ldx) {
+  constexpr const char* kName = "linear_4bit_backward";
+  require(M >= 0, kName, "M must not be negative");
+  require(linear_4bit_backward_supported(dtype, M, w.K, w.blocksize), kName, "unsupported dtype, M, K or blocksize");
+  if (M == 0 || w.K == 0) return;
+  check_matrix(kName, "dy", dy, w.N, ldy);
+  check_matrix(kName, "dx", dx, w.K, ldx);
+  std::vector<Linear4Term> common;
+  for (const BackwardTerm& term : terms) {
+    common.push_back(common_term(kName, term));
+    common.back().scaling = 1.0f;
+    common.back().p = std::get<5>(term);
+    common.back().seed = std::get<6>(term);
+    require(common.back().p >= 0 && common.back().p <= 1, kName, "dropout p must be in [0, 1]");
+  }
+  const Linear4Job job{dy, dtype, M, ldy, &w, nullptr, dtype, common.data(), int64_t(common.size()), ranks(common),
+                       dx, ldx};
+  const int threads = threads_for(M * w.numel(), kGrain);
+  run_panels(job, w.K, kBackwardDecodeRows, threads, linear4_backward_panel_avx512bf16);
+}
+
+}  // namespace peft_kernels

@@ -1,0 +1,117 @@
+// Decode, transpose, reduce and finish: what the dot form and the broadcast form of the bf16 kernels share.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/linear_4bit_kernels.h"
+#include "cpu/philox.h"
+
+namespace peft_kernels {
+namespace {
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
+
+// float32 scales of the 64-element blocks of row n; a larger blocksize repeats its scale.
+inline void row_scales(const Weight4& w, int64_t n, int64_t block0, int64_t count, float* out) {
+  const int64_t repeat = w.blocksize / 64, first = n * (w.K / 64) + block0;
+  if (repeat != 1) {
+    for (int64_t i = 0; i < count; ++i) out[i] = w.scale((first + i) / repeat);
+    return;
+  }
+  if (!w.absmax2) {
+    const float* absmax = static_cast<const float*>(w.absmax) + first;
+    for (int64_t i = 0; i < count; ++i) out[i] = absmax[i];
+    return;
+  }
+  const uint8_t* q = static_cast<const uint8_t*>(w.absmax) + first;
+  const __m512 offset = _mm512_set1_ps(*w.offset);
+  for (int64_t i = 0; i < count;) {  // runs that share one absmax2
+    const int64_t group = (first + i) / w.nested_blocksize;
+    const int64_t end = min64(count, (group + 1) * w.nested_blocksize - first);
+    const __m512 absmax2 = _mm512_set1_ps(w.absmax2[group]);
+    for (; i < end; i += 16) {
+      const int64_t run = min64(16, end - i);
+      alignas(64) float code[16];
+      if (run == 16) {
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; ++j) code[j] = w.code2[q[i + j]];
+      } else {
+        for (int64_t j = 0; j < run; ++j) code[j] = w.code2[q[i + j]];
+      }
+      const __m512 scale = _mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(code), absmax2), offset);
+      _mm512_mask_storeu_ps(out + i, first_lanes(run), scale);
+    }
+    i = end;
+  }
+}
+
+// The 16 scaled codes rounded to bfloat16, twice: vpermw reads 5 index bits, and the fifth is a neighbour's.
+inline __m512i bf16_table(__m512 code, float scale) {
+  const __m512 product = _mm512_mul_ps(code, _mm512_set1_ps(scale));
+  return (__m512i)_mm512_cvtne2ps_pbh(product, product);
+}
+
+// 32 packed bytes (64 elements, as 16 words) -> two vectors in "nibble order": word 16 t + j of the pair holds element
+// 4 j + t. Four instructions; the order costs nothing where the other operand or the result can be permuted instead.
+struct Pair512 {
+  __m512i first, second;
+};
+inline Pair512 decode64(__m512i table, const uint8_t* packed) {
+  const __m512i q = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)packed));
+  const __m512i shift01 = _mm512_inserti64x4(_mm512_set1_epi16(4), _mm256_setzero_si256(), 1);
+  const __m512i shift23 = _mm512_inserti64x4(_mm512_set1_epi16(12), _mm256_set1_epi16(8), 1);
+  return {_mm512_permutexvar_epi16(_mm512_srlv_epi16(q, shift01), table),
+          _mm512_permutexvar_epi16(_mm512_srlv_epi16(q, shift23), table)};
+}
+
+// 16 packed bytes -> 32 elements in natural order, three instructions.
+inline __m512i decode32(__m512i table, const uint8_t* packed) {
+  const __m512i shifts = _mm512_set1_epi64(0x0008000c00000004);
+  const __m512i words = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)packed));
+  return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, words), table);
+}
+
+// Transposes 16 x 16 dwords in place.
+inline void transpose16(__m512i v[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    v[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    v[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+inline __m512 load16(const void* data, DType dtype, int64_t i, __mmask16 lanes) {
+  if (dtype == DType::F32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(data) + i);
+  const __m256i half = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(data) + i);
+  if (dtype == DType::F16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+inline __m256i round_bf16(__m512 value) { return (__m256i)_mm512_cvtneps_pbh(value); }
+
+}  // namespace
+}  // namespace peft_kernels

@@ -1,0 +1,132 @@
+// y = x W' for few rows: lanes run along k, W is decoded in registers and used by all rows of a tile of x.
+#include "cpu/linear_4bit_finish_bf16.h"
+
+namespace peft_kernels {
+namespace {
+
+constexpr int64_t kLanes = kLinear4DotLanes;
+constexpr int kMaxRows = 8;
+
+struct DotTile {
+  const uint16_t* x;      // rows of K elements in nibble order
+  const uint8_t* packed;  // first row of W
+  const float* scales;    // [NR][blocks]
+  int64_t K, blocks;
+  float* partial;  // [MR][kLanes][16]: sums that still lie across lanes
+};
+
+template <int MR, int NR>
+inline void dot_tile(const DotTile& tile, const CodeBook& book) {
+  const __m512 code = _mm512_loadu_ps(book.code);
+  __m512 acc[MR][NR];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; ++n) acc[i][n] = _mm512_setzero_ps();
+  const uint16_t* x = tile.x;
+  const uint8_t* packed = tile.packed;
+  const int64_t row_bytes = tile.K / 2;
+  for (int64_t b = 0; b < tile.blocks; ++b, x += 64, packed += 32) {
+    Pair512 w[NR];
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; ++n) {
+      if (b % 2 == 0) _mm_prefetch((const char*)packed + (n + NR) * row_bytes, _MM_HINT_T0);
+      w[n] = decode64(bf16_table(code, tile.scales[n * tile.blocks + b]), packed + n * row_bytes);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const __m512bh first = (__m512bh)_mm512_loadu_si512(x + i * tile.K);
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n) acc[i][n] = _mm512_dpbf16_ps(acc[i][n], first, (__m512bh)w[n].first);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const __m512bh second = (__m512bh)_mm512_loadu_si512(x + i * tile.K + 32);
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n) acc[i][n] = _mm512_dpbf16_ps(acc[i][n], second, (__m512bh)w[n].second);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; ++n) _mm512_store_ps(tile.partial + (i * kLanes + n) * 16, acc[i][n]);
+}
+
+// Sums of 16 vectors, as the 16 lanes of one.
+inline __m512 reduce16(const float* partial) {
+  __m512 v[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = _mm512_load_ps(partial + 16 * i);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
+    v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    const int to = i == 2 ? 0 : i, a = i == 2 ? 0 : 2 * i, b = a + 1;
+    v[to] = _mm512_add_ps(_mm512_shuffle_f32x4(v[a], v[b], 0x88), _mm512_shuffle_f32x4(v[a], v[b], 0xdd));
+  }
+  return v[0];
+}
+
+template <int MR, int NR>
+void dot_block(const Linear4Job& job, const uint16_t* x, int64_t m, int64_t n0, int64_t count, const float* scales,
+               float* partial, const float* terms) {
+  const Weight4& w = *job.weight;
+  const int64_t blocks = w.K / 64;
+  const uint8_t* packed = w.packed + n0 * (w.K / 2);
+  int64_t n = 0;
+  for (; n + NR <= count; n += NR)
+    dot_tile<MR, NR>({x, packed + n * (w.K / 2), scales + n * blocks, w.K, blocks, partial + n * 16}, w.book());
+  for (; n < count; ++n)
+    dot_tile<MR, 1>({x, packed + n * (w.K / 2), scales + n * blocks, w.K, blocks, partial + n * 16}, w.book());
+  alignas(64) float sums[MR][kLinear4Lanes];
+  for (int i = 0; i < MR; ++i)
+    for (int64_t g = 0; g < kLanes; g += 16)  // columns past `count` are stale and not stored
+      if (g < count) _mm512_store_ps(sums[i] + g, reduce16(partial + (i * kLanes + g) * 16));
+  finish(job, {sums[0], m, n0, count, terms}, MR);
+}
+
+using DotBlock = void (*)(const Linear4Job&, const uint16_t*, int64_t, int64_t, int64_t, const float*, float*,
+                          const float*);
+constexpr DotBlock kDotBlocks[kMaxRows] = {dot_block<1, 6>, dot_block<2, 6>, dot_block<3, 4>, dot_block<4, 4>,
+                                           dot_block<5, 4>, dot_block<6, 4>, dot_block<7, 3>, dot_block<8, 3>};
+
+// Element 4 j + t of each 64 moves to 16 t + j, the order that decode64 gives W.
+void to_nibble_order(const uint16_t* from, int64_t K, uint16_t* to) {
+  alignas(64) static constexpr uint16_t kFirst[32] = {0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60,
+                                                      1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61};
+  const __m512i first = _mm512_load_si512(kFirst), second = _mm512_add_epi16(first, _mm512_set1_epi16(2));
+  for (int64_t k = 0; k < K; k += 64) {
+    const __m512i a = _mm512_loadu_si512(from + k), b = _mm512_loadu_si512(from + k + 32);
+    _mm512_storeu_si512(to + k, _mm512_permutex2var_epi16(a, first, b));
+    _mm512_storeu_si512(to + k + 32, _mm512_permutex2var_epi16(a, second, b));
+  }
+}
+
+}  // namespace
+
+void linear4_dot_avx512bf16(const Linear4Job& job, int64_t n0, int64_t n1) {
+  const Weight4& w = *job.weight;
+  const int64_t blocks = w.K / 64;
+  uint16_t* x = (uint16_t*)linear4_scratch(Linear4Scratch::Input, size_t(job.M) * w.K * 2);
+  for (int64_t m = 0; m < job.M; ++m) to_nibble_order((const uint16_t*)job.in + m * job.ld_in, w.K, x + m * w.K);
+  float* scales = (float*)linear4_scratch(Linear4Scratch::Panel, size_t(kLanes) * blocks * sizeof(float));
+  float* partial = (float*)linear4_scratch(Linear4Scratch::Sums, kMaxRows * kLanes * 16 * sizeof(float));
+  const int64_t tiles = (job.M + kMaxRows - 1) / kMaxRows;
+  for (int64_t n = n0; n < n1; n += kLanes) {
+    const int64_t count = min64(kLanes, n1 - n);
+    for (int64_t i = 0; i < count; ++i) row_scales(w, n + i, 0, blocks, scales + i * blocks);
+    const float* terms = pack_terms(job, n, w.N, true);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t m = job.M * t / tiles, rows = job.M * (t + 1) / tiles - m;
+      kDotBlocks[rows - 1](job, x + m * w.K, m, n, count, scales, partial, terms);
+    }
+  }
+}
+
+}  // namespace peft_kernels
