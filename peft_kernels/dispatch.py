@@ -107,10 +107,13 @@ def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> st
     return chosen
 
 
-@torch.compiler.assume_constant_result
 def _found(op: str, requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> tuple:
     """`_search`, evaluated while torch.compile traces: its arguments are constants, and `_requested` is guarded."""
     return _search(op, requested, device, dtypes)
+
+
+# torch.compiler.assume_constant_result without its import of the whole compiler (which also loads numpy)
+_found._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
