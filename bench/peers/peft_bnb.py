@@ -1,0 +1,20 @@
+"""Hugging Face PEFT: its LoRA layer over bitsandbytes' Linear4bit, as for a model loaded in 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def lora_layer(base: Any, lora_A: torch.Tensor, lora_B: torch.Tensor, alpha: float) -> torch.nn.Sequential:
+    """A model of one layer "proj" in train mode with these adapter weights, in their dtype."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = torch.nn.Sequential()
+    model.proj = base
+    model.is_loaded_in_4bit = True  # what transformers sets; PEFT then takes its bitsandbytes class
+    inject_adapter_in_model(LoraConfig(r=lora_A.shape[0], lora_alpha=alpha, target_modules=["proj"]), model)
+    for adapter, value in ((model.proj.lora_A, lora_A), (model.proj.lora_B, lora_B)):
+        adapter["default"].weight = torch.nn.Parameter(value.detach().clone())
+    return model.train()

@@ -1,0 +1,71 @@
+"""Runs a case: check, time, ratios, goals. No contender is timed that its check did not pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .cases import Case, Goal
+from .timing import Effort, measure, quantiles, ratio
+from .work import OURS, Work
+
+Tick = Callable[[str, int, int], None]
+
+
+def run_case(case: Case, effort: Effort, tick: Tick = lambda what, done, total: None) -> dict[str, Any]:
+    """The case's record for the report: one row for each contender, the absent ones, the goals.
+
+    Args:
+        tick: called with (what is being done, steps done, steps in all).
+    """
+    tick("preparing", 0, 1)
+    work = case.build()
+    rows = {name: check(work, name, tick) for name in work.contenders}
+    sound = {name: work.contenders[name].calls for name, row in rows.items() if row["check"] != "failed"}
+    times = measure(sound, effort, lambda done, total: tick("timing", done, total))
+    base = OURS if OURS in times else next((name for name in times if rows[name]["kind"] == "ours"), None)
+    for name, samples in times.items():
+        rows[name] |= {"seconds": quantiles(samples), "rounds": len(samples)}
+        if base is not None and name != base:
+            rows[name]["time_over_ours"] = {"ours": base, **ratio(samples, times[base])}
+    if work.memory is not None:
+        for name, row in rows.items():
+            tick(f"memory of {name}", 0, 1)
+            row["peak_memory_bytes"] = work.memory(name)
+    return {
+        "case": case.name,
+        "op": case.op,
+        "shape": case.shape,
+        "rows": list(rows.values()),
+        "absent": work.absent,
+        "notes": work.notes,
+        "goals": [judge(goal, rows, times) for goal in case.goals],
+    }
+
+
+def check(work: Work, name: str, tick: Tick) -> dict[str, Any]:
+    """The contender's row, with what its check found: passed, failed, or floor (another computation: no check)."""
+    tick(f"checking {name}", 0, 1)
+    kind = work.contenders[name].kind
+    row = {"contender": name, "kind": kind, "check": "floor" if kind == "floor" else "passed"}
+    try:
+        work.check(name)
+    except Exception as error:  # whatever goes wrong in a contender is its result, and the others still run
+        row |= {"check": "failed", "why": f"{type(error).__name__}: {error}"}
+    return row
+
+
+def judge(goal: Goal, rows: dict[str, dict[str, Any]], times: dict[str, list[float]]) -> dict[str, Any]:
+    """The goal, what was measured (p50 of the ratio over rounds, with p20 and p80), and whether it is met."""
+    sign, bound = (">=", goal.at_least) if goal.at_least is not None else ("<=", goal.at_most)
+    record = {"goal": f"{goal.measure} of {goal.over} / {goal.under}", "bound": f"{sign} {bound:g}"}
+    measured = None
+    if goal.measure == "time" and goal.over in times and goal.under in times:
+        measured = ratio(times[goal.over], times[goal.under])
+    elif goal.measure == "peak memory":
+        over, under = (rows.get(name, {}).get("peak_memory_bytes") for name in (goal.over, goal.under))
+        measured = quantiles([over / under]) if over and under else None
+    met = None
+    if measured is not None:
+        met = measured["p50"] >= bound if sign == ">=" else measured["p50"] <= bound
+    return record | {"measured": measured, "met": met}

