@@ -2,6 +2,7 @@
 #include "cpu/isa.h"
 #include "cpu/linear_4bit.h"
 #include "cpu/nf4_codec.h"
+#include "lora_wire.h"
 #include "wire.h"
 
 namespace py = pybind11;
@@ -39,4 +40,16 @@ PYBIND11_MODULE(_native, m) {
                                             py::arg("K"), py::arg("blocksize"));
   def_kernel<linear_4bit_backward_supported>(m, "linear_4bit_backward_supported", py::arg("dtype"), py::arg("M"),
                                              py::arg("K"), py::arg("blocksize"));
+
+  def_kernel<wire_lora_shrink>(m, "lora_shrink", py::arg("x"), py::arg("x_dtype"), py::arg("M"), py::arg("K"),
+                               py::arg("ldx"), py::arg("P"), py::arg("p_dtype"), py::arg("p_is_kr"), py::arg("r"),
+                               py::arg("alpha"), py::arg("dropout_p"), py::arg("seed"), py::arg("S"), py::arg("ldS"));
+  def_kernel<wire_lora_wgrad>(m, "lora_wgrad", py::arg("x"), py::arg("x_dtype"), py::arg("M"), py::arg("I"),
+                              py::arg("ldx"), py::arg("P"), py::arg("ldP"), py::arg("r"), py::arg("alpha"),
+                              py::arg("dropout_p"), py::arg("seed"), py::arg("out"), py::arg("out_dtype"),
+                              py::arg("out_is_ri"));
+  def_kernel<wire_lora_expand_add>(m, "lora_expand_add", py::arg("out"), py::arg("dtype"), py::arg("M"), py::arg("N"),
+                                   py::arg("ldo"), py::arg("terms"));
+  def_kernel<wire_philox_mask>(m, "philox_mask", py::arg("seed"), py::arg("M"), py::arg("K"), py::arg("p"),
+                               py::arg("out"));
 }

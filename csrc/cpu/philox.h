@@ -41,12 +41,14 @@ inline float dropout_scale(double p) { return p < 1.0 ? float(1.0 / (1.0 - p)) :
 // scale[i] = 0 or 1/(1-p) for elements (m, 4 * quad + i), i < 32: eight counters.
 #if defined(__AVX512F__)
 // Counters sit in 64-bit lanes and the upper halves are left dirty, because vpmuludq reads the lower halves only: six
-// instructions a round for 32 elements. Lanes 2i and 2i + 1 hold counters i and 4 + i, so that unpacking restores order.
+// instructions a round for 32 elements. Lanes 2i and 2i + 1 hold counters i and 4 + i, so that unpacking restores
+// order.
 inline void dropout_scale32(uint64_t seed, uint32_t m, uint32_t quad, uint64_t threshold, float scale, float* out) {
   const __m512i mul0 = _mm512_set1_epi64(kPhiloxMul0), mul1 = _mm512_set1_epi64(kPhiloxMul1);
   const __m512i lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
-  // Words 2 and 3 start at zero: round 0 leaves words 0 and 1 the same in every lane, so round 1 has one vector product.
+  // Words 2 and 3 start at zero: round 0 leaves words 0 and 1 the same in every lane, so round 1 has one vector
+  // product.
   __m512i product0 = _mm512_mul_epu32(_mm512_add_epi64(_mm512_set1_epi64(quad), lane), mul0);
   const uint64_t uniform = uint64_t(kPhiloxMul0) * (m ^ key0);
   __m512i c2 = _mm512_xor_si512(_mm512_srli_epi64(product0, 32), _mm512_set1_epi64(key1)), c3 = product0;

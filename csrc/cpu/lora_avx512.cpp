@@ -1,0 +1,9 @@
+#include "cpu/lora_avx512_expand.h"
+#include "cpu/lora_avx512_shrink.h"
+#include "cpu/lora_avx512_wgrad.h"
+
+namespace peft_kernels {
+
+const LoraKernels kLoraAvx512 = {true, false, 6, pack_panel, shrink, wgrad, wgrad_store, expand_add, dropout_rows};
+
+}  // namespace peft_kernels

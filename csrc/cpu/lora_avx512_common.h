@@ -1,0 +1,196 @@
+// Loads, stores and block copies shared by the AVX-512 LoRA kernels. Included once per translation unit and ISA.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/lora_kernels.h"
+#include "cpu/philox.h"
+
+namespace peft_kernels {
+namespace {
+
+struct Pair {
+  __m512 v[2];
+};
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }  // no std templates: see cpu/inline.h
+
+inline __mmask32 first_lanes(int64_t n) { return n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1; }
+
+// How 32 consecutive elements of x become two float32 vectors. The masked form reads nothing past the mask.
+struct LoadF32 {
+  using type = float;
+  static constexpr bool kSplit = false;
+  static Pair load(const float* x) { return {{_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)}}; }
+  static Pair load(const float* x, __mmask32 m) {
+    return {{_mm512_maskz_loadu_ps(__mmask16(m), x), _mm512_maskz_loadu_ps(__mmask16(m >> 16), x + 16)}};
+  }
+};
+
+struct LoadF16 {
+  using type = uint16_t;
+  static constexpr bool kSplit = false;
+  static Pair widen(__m512i raw) {
+    return {{_mm512_cvtph_ps(_mm512_castsi512_si256(raw)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw, 1))}};
+  }
+  static Pair load(const uint16_t* x) {
+    return {{_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x)),
+             _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(x + 16)))}};
+  }
+  static Pair load(const uint16_t* x, __mmask32 m) { return widen(_mm512_maskz_loadu_epi16(m, x)); }
+};
+
+struct LoadBf16 {
+  using type = uint16_t;
+  static constexpr bool kSplit = false;
+  static __m512 widen(__m256i raw) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)); }
+  static Pair load(const uint16_t* x) {
+    return {{widen(_mm256_loadu_si256((const __m256i*)x)), widen(_mm256_loadu_si256((const __m256i*)(x + 16)))}};
+  }
+  static Pair load(const uint16_t* x, __mmask32 m) {
+    const __m512i raw = _mm512_maskz_loadu_epi16(m, x);
+    return {{widen(_mm512_castsi512_si256(raw)), widen(_mm512_extracti64x4_epi64(raw, 1))}};
+  }
+};
+
+// Even elements, then odd ones: two instructions for 32 elements where LoadBf16 takes four.
+struct LoadBf16Split {
+  using type = uint16_t;
+  static constexpr bool kSplit = true;
+  static Pair widen(__m512i raw) {
+    return {{_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)),
+             _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(int(0xFFFF0000u))))}};
+  }
+  static Pair load(const uint16_t* x) { return widen(_mm512_loadu_si512(x)); }
+  static Pair load(const uint16_t* x, __mmask32 m) { return widen(_mm512_maskz_loadu_epi16(m, x)); }
+};
+
+inline Pair interleave(Pair split) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  return {{_mm512_permutex2var_ps(split.v[0], low, split.v[1]), _mm512_permutex2var_ps(split.v[0], high, split.v[1])}};
+}
+
+inline Pair deinterleave(Pair natural) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {{_mm512_permutex2var_ps(natural.v[0], even, natural.v[1]),
+           _mm512_permutex2var_ps(natural.v[0], odd, natural.v[1])}};
+}
+
+// Calls f(loader) for x's dtype, `split` choosing the bf16 loader.
+template <class F>
+inline void with_loader(DType dtype, bool split, F&& f) {
+  if (dtype == DType::F32) return f(LoadF32{});
+  if (dtype == DType::F16) return f(LoadF16{});
+  if (split) return f(LoadBf16Split{});
+  f(LoadBf16{});
+}
+
+inline __m512 load16(const void* data, DType dtype, int64_t index) {
+  if (dtype == DType::F32) return _mm512_loadu_ps((const float*)data + index);
+  const __m256i raw = _mm256_loadu_si256((const __m256i*)((const uint16_t*)data + index));
+  return dtype == DType::F16 ? _mm512_cvtph_ps(raw) : LoadBf16::widen(raw);
+}
+
+inline __m512 load16(const void* data, DType dtype, int64_t index, __mmask16 m) {
+  if (m == 0xFFFF) return load16(data, dtype, index);
+  if (dtype == DType::F32) return _mm512_maskz_loadu_ps(m, (const float*)data + index);
+  const __m256i raw = _mm256_maskz_loadu_epi16(m, (const uint16_t*)data + index);
+  return dtype == DType::F16 ? _mm512_cvtph_ps(raw) : LoadBf16::widen(raw);
+}
+
+inline __m256i round_bf16(__m512 v) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+}
+
+// A whole vector is not stored through a mask: Zen 4 splits masked stores into many operations.
+inline void store16(void* data, DType dtype, int64_t index, __m512 v, __mmask16 m) {
+  if (dtype == DType::F32) {
+    float* to = (float*)data + index;
+    return m == 0xFFFF ? _mm512_storeu_ps(to, v) : _mm512_mask_storeu_ps(to, m, v);
+  }
+  const __m256i raw =
+      dtype == DType::F16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : round_bf16(v);
+  uint16_t* to = (uint16_t*)data + index;
+  m == 0xFFFF ? _mm256_storeu_si256((__m256i*)to, raw) : _mm256_mask_storeu_epi16(to, m, raw);
+}
+
+inline void transpose16(__m512 (&r)[16]) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[i], r[i + 1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(r[i + 2], r[i + 3]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(r[i], r[i + 1]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(r[i + 2], r[i + 3]));
+    t[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    t[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    t[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+    t[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88);
+    const __m512 c = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xDD), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xDD);
+    r[i] = _mm512_shuffle_f32x4(a, b, 0x88);
+    r[i + 4] = _mm512_shuffle_f32x4(c, d, 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(a, b, 0xDD);
+    r[i + 12] = _mm512_shuffle_f32x4(c, d, 0xDD);
+  }
+}
+
+// to[row][col] = scale * from[row0 + row, col0 + col] in float32; columns zero-filled to a multiple of 32.
+inline void copy_block(const Matrix& from, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float scale,
+                       bool split, float* to, int64_t ldto) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t col = 0; col < cols; col += 32) {
+      const __mmask32 m = first_lanes(cols - col);
+      const int64_t index = (row0 + row) * from.ld + col0 + col;
+      Pair pair = {{load16(from.data, from.dtype, index, __mmask16(m)),
+                    load16(from.data, from.dtype, index + 16, __mmask16(m >> 16))}};
+      if (split) pair = deinterleave(pair);
+      _mm512_storeu_ps(to + row * ldto + col, _mm512_mul_ps(pair.v[0], factor));
+      _mm512_storeu_ps(to + row * ldto + col + 16, _mm512_mul_ps(pair.v[1], factor));
+    }
+  }
+}
+
+// to[col][row] = scale * from[row0 + row, col0 + col] in float32; rows zero-filled to a multiple of 32.
+inline void transpose_block(const Matrix& from, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float scale,
+                            float* to, int64_t ldto) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int64_t row = 0; row < (rows + 31) / 32 * 32; row += 16) {
+    for (int64_t col = 0; col < cols; col += 16) {
+      const __mmask16 m = __mmask16(first_lanes(min64(16, cols - col)));
+      __m512 r[16];
+      for (int i = 0; i < 16; ++i)
+        r[i] = row + i < rows ? load16(from.data, from.dtype, (row0 + row + i) * from.ld + col0 + col, m)
+                              : _mm512_setzero_ps();
+      transpose16(r);
+      for (int i = 0; i < 16 && col + i < cols; ++i)
+        _mm512_storeu_ps(to + (col + i) * ldto + row, _mm512_mul_ps(r[i], factor));
+    }
+  }
+}
+
+// to[i] = x[m, k0 + i] * mask / (1 - p), i < n, in float32. A product, not a select: a dropped NaN stays NaN as in
+// eager.
+inline void load_dropped(const Matrix& x, const Dropout& dropout, int64_t m, int64_t k0, int64_t n, float* to) {
+  dropout_scale_row(dropout.seed, m, k0, n, dropout.p, to);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = __mmask16(first_lanes(min64(16, n - i)));
+    const __m512 value = load16(x.data, x.dtype, m * x.ld + k0 + i, lanes);
+    _mm512_mask_storeu_ps(to + i, lanes, _mm512_mul_ps(value, _mm512_maskz_loadu_ps(lanes, to + i)));
+  }
+}
+
+}  // namespace
+}  // namespace peft_kernels
