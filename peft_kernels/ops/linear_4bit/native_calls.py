@@ -23,13 +23,15 @@ def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None
 
 
 def fused_forward(m: int, dtype: torch.dtype, weight: Weight4bit) -> bool:
-    """Whether the fused forward kernel runs at m rows."""
-    return False
+    """Whether the fused forward kernel runs at m rows: wherever it can, it is the faster one (bench/results)."""
+    supported = native.load().linear_4bit_forward_supported
+    return supported(native.dtype_code(dtype), m, weight.shape[1], weight.blocksize)
 
 
 def fused_backward(m: int, dtype: torch.dtype, weight: Weight4bit) -> bool:
-    """Whether the fused backward kernel runs at m rows."""
-    return False
+    """Whether the fused backward kernel runs at m rows; as above."""
+    supported = native.load().linear_4bit_backward_supported
+    return supported(native.dtype_code(dtype), m, weight.shape[1], weight.blocksize)
 
 
 def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> torch.Tensor:
