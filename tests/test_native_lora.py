@@ -66,7 +66,7 @@ def shrink(x, p, *, p_is_kr=False, alpha=1.0, dropout_p=0.0):
     out = poisoned(rows, rank)
     x_ptr, x_code = matrix(x)
     native.load().lora_shrink(
-        x_ptr, x_code, rows, columns, x.stride(0), *matrix(p), p_is_kr, rank, alpha, dropout_p, SEED,
+        x_ptr, x_code, rows, columns, x.stride(0), *matrix(p), p_is_kr, rank, alpha, dropout_p, SEED % 2**64,
         out.data_ptr(), out.stride(0),
     )  # fmt: skip
     assert out[:, rank:].isnan().all()
@@ -79,7 +79,7 @@ def wgrad(x, p, *, out_dtype=torch.float32, out_is_ri=False, alpha=1.0, dropout_
     buffer = torch.full((rank * columns + 16,), float("nan"), dtype=out_dtype)
     x_ptr, x_code = matrix(x)
     native.load().lora_wgrad(
-        x_ptr, x_code, rows, columns, x.stride(0), p.data_ptr(), p.stride(0), rank, alpha, dropout_p, SEED,
+        x_ptr, x_code, rows, columns, x.stride(0), p.data_ptr(), p.stride(0), rank, alpha, dropout_p, SEED % 2**64,
         *matrix(buffer), out_is_ri,
     )  # fmt: skip
     assert buffer[rank * columns :].isnan().all()
@@ -90,7 +90,7 @@ def expand_add(out, terms):
     """Adds in place; a term is (S, P, p_is_nr, alpha, dropout_p)."""
     rows, columns = out.shape
     wired = [
-        (s.data_ptr(), s.stride(0), *matrix(p), p_is_nr, s.shape[1], alpha, dropout_p, SEED + i)
+        (s.data_ptr(), s.stride(0), *matrix(p), p_is_nr, s.shape[1], alpha, dropout_p, (SEED + i) % 2**64)
         for i, (s, p, p_is_nr, alpha, dropout_p) in enumerate(terms)
     ]
     native.load().lora_expand_add(*matrix(out), rows, columns, out.stride(0), wired)
@@ -120,7 +120,7 @@ def numpy_philox(counter, key):
 
 def native_mask(seed, rows, columns, p):
     out = torch.full((rows, columns), float("nan"))
-    native.load().philox_mask(seed, rows, columns, p, out.data_ptr())
+    native.load().philox_mask(seed % 2**64, rows, columns, p, out.data_ptr())
     return out
 
 
