@@ -24,6 +24,13 @@ void require(bool ok, const char* function, const std::string& message) {
 
 bool blocks_fit(int64_t K, int64_t blocksize) { return blocksize % 64 == 0 && K % blocksize == 0; }
 
+bool has_bf16_kernels(DType dtype) { return dtype == DType::BF16 && isa() == Isa::Avx512Bf16; }
+
+// Beyond these rows, decoding to scratch and the vendor's GEMM is faster (measured on Zen 4).
+int64_t small_rows() { return isa() == Isa::Scalar ? 2 : kLinear4SmallRows; }
+
+#if defined(__x86_64__)
+
 // blocks of lanes x splits of rows over the threads: the number of splits that finishes first.
 int64_t row_splits(int64_t panels, int64_t M, int64_t decode_rows, int64_t threads) {
   int64_t best = 1, best_time = INT64_MAX;
@@ -56,6 +63,22 @@ void run_dot(const Linear4Job& job, int threads) {
     if (n0 < n1) linear4_dot_avx512bf16(job, n0, n1);
   }
 }
+
+void run_forward(const Linear4Job& job, int threads) {
+  if (job.M <= kDotRows) return run_dot(job, threads);
+  run_panels(job, job.weight->N, kForwardDecodeRows, threads, linear4_forward_panel_avx512bf16);
+}
+
+void run_backward(const Linear4Job& job, int threads) {
+  run_panels(job, job.weight->K, kBackwardDecodeRows, threads, linear4_backward_panel_avx512bf16);
+}
+
+#else  // never called: has_bf16_kernels() is false
+
+void run_forward(const Linear4Job&, int) {}
+void run_backward(const Linear4Job&, int) {}
+
+#endif
 
 void check_matrix(const char* function, const char* name, const void* data, int64_t columns, int64_t ld) {
   require(data != nullptr, function, std::string(name) + " must not be null");
@@ -104,13 +127,12 @@ void* linear4_scratch(Linear4Scratch slot, size_t bytes) {
 }
 
 bool linear_4bit_forward_supported(DType dtype, int64_t M, int64_t K, int64_t blocksize) {
-  (void)M;
-  return blocks_fit(K, blocksize) && isa() == Isa::Avx512Bf16 && dtype == DType::BF16;
+  return blocks_fit(K, blocksize) && (has_bf16_kernels(dtype) || M <= small_rows());
 }
 
 bool linear_4bit_backward_supported(DType dtype, int64_t M, int64_t K, int64_t blocksize) {
   (void)M;
-  return blocks_fit(K, blocksize) && isa() == Isa::Avx512Bf16 && dtype == DType::BF16;
+  return blocks_fit(K, blocksize) && has_bf16_kernels(dtype);
 }
 
 void linear_4bit_forward(const void* x, DType dtype, int64_t M, int64_t ldx, const Weight4& w, const void* bias,
@@ -119,6 +141,7 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t M, int64_t ldx, con
   require(M >= 0, kName, "M must not be negative");
   require(linear_4bit_forward_supported(dtype, M, w.K, w.blocksize), kName, "unsupported dtype, M, K or blocksize");
   if (M == 0 || w.N == 0) return;
+  require(w.K > 0, kName, "K must be positive");
   check_matrix(kName, "x", x, w.K, ldx);
   check_matrix(kName, "y", y, w.N, ldy);
   std::vector<Linear4Term> common;
@@ -129,16 +152,17 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t M, int64_t ldx, con
   const Linear4Job job{x, dtype, M, ldx, &w, bias, bias_dtype, common.data(), int64_t(common.size()), ranks(common),
                        y, ldy};
   const int threads = threads_for(M * w.numel(), kGrain);
-  if (M <= kDotRows) return run_dot(job, threads);
-  run_panels(job, w.N, kForwardDecodeRows, threads, linear4_forward_panel_avx512bf16);
+  if (!has_bf16_kernels(dtype)) return linear4_small_forward(job, threads);
+  run_forward(job, threads);
 }
 
 void linear_4bit_backward(const void* dy, DType dtype, int64_t M, int64_t ldy, const Weight4& w,
                           const std::vector<BackwardTerm>& terms, void* dx, int64_t ldx) {
   constexpr const char* kName = "linear_4bit_backward";
   require(M >= 0, kName, "M must not be negative");
-  require(linear_4bit_backward_supported(dtype, M, w.K, w.blocksize), kName, "unsupported dtype, M, K or blocksize");
+  require(linear_4bit_backward_supported(dtype, M, w.K, w.blocksize), kName, "unsupported dtype, K or blocksize");
   if (M == 0 || w.K == 0) return;
+  require(w.N > 0, kName, "N must be positive");
   check_matrix(kName, "dy", dy, w.N, ldy);
   check_matrix(kName, "dx", dx, w.K, ldx);
   std::vector<Linear4Term> common;
@@ -152,7 +176,7 @@ void linear_4bit_backward(const void* dy, DType dtype, int64_t M, int64_t ldy, c
   const Linear4Job job{dy, dtype, M, ldy, &w, nullptr, dtype, common.data(), int64_t(common.size()), ranks(common),
                        dx, ldx};
   const int threads = threads_for(M * w.numel(), kGrain);
-  run_panels(job, w.K, kBackwardDecodeRows, threads, linear4_backward_panel_avx512bf16);
+  run_backward(job, threads);
 }
 
 }  // namespace peft_kernels

@@ -9,13 +9,15 @@
 namespace peft_kernels {
 namespace {
 
+constexpr int64_t kPrefetchRows = 16;  // a strided walk over W outruns the hardware prefetcher
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
 
-// float32 scales of the 64-element blocks of row n; a larger blocksize repeats its scale.
-inline void row_scales(const Weight4& w, int64_t n, int64_t block0, int64_t count, float* out) {
-  const int64_t repeat = w.blocksize / 64, first = n * (w.K / 64) + block0;
+// float32 scales of 64-element blocks [first, first + count) of the flat weight; a larger blocksize repeats its scale.
+inline void block_scales(const Weight4& w, int64_t first, int64_t count, float* out) {
+  const int64_t repeat = w.blocksize / 64;
   if (repeat != 1) {
     for (int64_t i = 0; i < count; ++i) out[i] = w.scale((first + i) / repeat);
     return;
@@ -47,6 +49,23 @@ inline void row_scales(const Weight4& w, int64_t n, int64_t block0, int64_t coun
   }
 }
 
+// Scales of the blocks that hold column k in rows [n, n + count).
+inline void column_scales(const Weight4& w, int64_t k, int64_t n, int64_t count, float* out) {
+  const int64_t step = w.K / w.blocksize;
+  int64_t block = n * step + k / w.blocksize;
+  if (!w.absmax2 || (w.nested_blocksize & (w.nested_blocksize - 1)) != 0) {
+    for (int64_t i = 0; i < count; ++i, block += step) out[i] = w.scale(block);
+    return;
+  }
+  const int shift = __builtin_ctzll(w.nested_blocksize);  // a division would cost as much as decoding 64 weights
+  const uint8_t* q = static_cast<const uint8_t*>(w.absmax);
+  for (int64_t i = 0; i < count; ++i, block += step) {
+    if (i + kPrefetchRows < count) _mm_prefetch((const char*)q + block + kPrefetchRows * step, _MM_HINT_T0);
+    const float product = w.code2[q[block]] * w.absmax2[block >> shift];
+    out[i] = product + *w.offset;
+  }
+}
+
 // The 16 scaled codes rounded to bfloat16, twice: vpermw reads 5 index bits, and the fifth is a neighbour's.
 inline __m512i bf16_table(__m512 code, float scale) {
   const __m512 product = _mm512_mul_ps(code, _mm512_set1_ps(scale));
@@ -58,12 +77,23 @@ inline __m512i bf16_table(__m512 code, float scale) {
 struct Pair512 {
   __m512i first, second;
 };
-inline Pair512 decode64(__m512i table, const uint8_t* packed) {
-  const __m512i q = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)packed));
-  const __m512i shift01 = _mm512_inserti64x4(_mm512_set1_epi16(4), _mm256_setzero_si256(), 1);
-  const __m512i shift23 = _mm512_inserti64x4(_mm512_set1_epi16(12), _mm256_set1_epi16(8), 1);
-  return {_mm512_permutexvar_epi16(_mm512_srlv_epi16(q, shift01), table),
-          _mm512_permutexvar_epi16(_mm512_srlv_epi16(q, shift23), table)};
+
+inline __m512i load64(const uint8_t* packed) {
+  return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)packed));
+}
+
+inline __m512i decode64_first(__m512i table, __m512i packed) {
+  const __m512i shifts = _mm512_inserti64x4(_mm512_set1_epi16(4), _mm256_setzero_si256(), 1);
+  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(packed, shifts), table);
+}
+
+inline __m512i decode64_second(__m512i table, __m512i packed) {
+  const __m512i shifts = _mm512_inserti64x4(_mm512_set1_epi16(12), _mm256_set1_epi16(8), 1);
+  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(packed, shifts), table);
+}
+
+inline Pair512 decode64(__m512i table, __m512i packed) {
+  return {decode64_first(table, packed), decode64_second(table, packed)};
 }
 
 // 16 packed bytes -> 32 elements in natural order, three instructions.

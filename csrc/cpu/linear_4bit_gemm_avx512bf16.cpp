@@ -8,7 +8,6 @@ namespace {
 constexpr int64_t kLanes = kLinear4Lanes;
 constexpr int kMaxRows = 6;
 constexpr int64_t kChunk = 2048;  // summed elements per panel: 256 KB, a quarter of a core's L2
-constexpr int64_t kPrefetchRows = 16;
 
 // Rows [lane0, lane0 + 64) of W, columns [k0, k0 + kn) -> panel[k / 2][lane] pairs; rows past N are zero.
 void forward_panel(const Weight4& w, int64_t lane0, int64_t k0, int64_t kn, uint32_t* panel, float* scales) {
@@ -16,12 +15,12 @@ void forward_panel(const Weight4& w, int64_t lane0, int64_t k0, int64_t kn, uint
   const int64_t blocks = kn / 64;
   for (int64_t g = 0; g < kLanes; g += 16) {
     const int64_t n0 = lane0 + g, rows = min64(16, w.N - n0);
-    for (int64_t i = 0; i < 16; ++i) {
-      if (i < rows) {
-        row_scales(w, n0 + i, k0 / 64, blocks, scales + i * blocks);
-      } else {
-        for (int64_t b = 0; b < blocks; ++b) scales[i * blocks + b] = 0;
-      }
+    if (rows <= 0) {
+      for (int64_t i = 0; i < 16 * blocks; ++i) scales[i] = 0;
+    } else if (kn == w.K) {
+      block_scales(w, n0 * blocks, rows * blocks, scales);
+    } else {
+      for (int64_t i = 0; i < rows; ++i) block_scales(w, (n0 + i) * (w.K / 64) + k0 / 64, blocks, scales + i * blocks);
     }
     for (int64_t b = 0; b < blocks; ++b) {
       alignas(64) __m512i table[16];
@@ -48,20 +47,18 @@ void forward_panel(const Weight4& w, int64_t lane0, int64_t k0, int64_t kn, uint
 
 // Rows [n0, n0 + nn) of W, columns [lane0, lane0 + 64) -> panel[n / 2][lane] pairs, lanes in the order of unpacked
 // nibble order (see natural_order); an odd last row is paired with zeros.
-void backward_panel(const Weight4& w, int64_t lane0, int64_t n0, int64_t nn, uint32_t* panel) {
+void backward_panel(const Weight4& w, int64_t lane0, int64_t n0, int64_t nn, uint32_t* panel, float* scales) {
   const __m512 code = _mm512_loadu_ps(w.book().code);
   const int64_t row_bytes = w.K / 2;
   const uint8_t* packed = w.packed + (n0 * w.K + lane0) / 2;
-  float scale[2];
+  column_scales(w, lane0, n0, nn, scales);
   for (int64_t n = 0; n < nn; n += 2, panel += kLanes, packed += 2 * row_bytes) {
     const bool both = n + 1 < nn;
     _mm_prefetch((const char*)packed + kPrefetchRows * row_bytes, _MM_HINT_T0);
     _mm_prefetch((const char*)packed + (kPrefetchRows + 1) * row_bytes, _MM_HINT_T0);
-    scale[0] = w.scale(((n0 + n) * w.K + lane0) / w.blocksize);
-    scale[1] = both ? w.scale(((n0 + n + 1) * w.K + lane0) / w.blocksize) : 0;
-    const Pair512 even = decode64(bf16_table(code, scale[0]), packed);
+    const Pair512 even = decode64(bf16_table(code, scales[n]), load64(packed));
     Pair512 odd = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    if (both) odd = decode64(bf16_table(code, scale[1]), packed + row_bytes);
+    if (both) odd = decode64(bf16_table(code, scales[n + 1]), load64(packed + row_bytes));
     _mm512_store_si512(panel, _mm512_unpacklo_epi16(even.first, odd.first));
     _mm512_store_si512(panel + 16, _mm512_unpackhi_epi16(even.first, odd.first));
     _mm512_store_si512(panel + 32, _mm512_unpacklo_epi16(even.second, odd.second));
@@ -119,7 +116,7 @@ void run_panel(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1) {
   const int64_t total = forward ? w.K : w.N, limit = forward ? w.N : w.K;
   const int64_t chunks = (total + kChunk - 1) / kChunk;
   const int64_t chunk = ((total + chunks - 1) / chunks + 63) / 64 * 64;
-  uint32_t* panel = (uint32_t*)linear4_scratch(Linear4Scratch::Panel, size_t(chunk) * kLanes * 2 + chunk);
+  uint32_t* panel = (uint32_t*)linear4_scratch(Linear4Scratch::Panel, size_t(chunk) * (kLanes * 2 + 4));
   float* scales = (float*)(panel + chunk / 2 * kLanes);
   float* sums = (float*)linear4_scratch(Linear4Scratch::Sums, size_t(m1 - m0) * kLanes * sizeof(float));
   const float* terms = pack_terms(job, lane0, limit, forward);
@@ -129,7 +126,7 @@ void run_panel(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1) {
     if (forward) {
       forward_panel(w, lane0, from, count, panel, scales);
     } else {
-      backward_panel(w, lane0, from, count, panel);
+      backward_panel(w, lane0, from, count, panel, scales);
     }
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m = m0 + (m1 - m0) * t / tiles, rows = m0 + (m1 - m0) * (t + 1) / tiles - m;

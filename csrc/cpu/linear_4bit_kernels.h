@@ -31,9 +31,8 @@ struct Linear4Job {
   int64_t ld_out;
 };
 
-constexpr int64_t kLinear4Lanes = 64;      // columns of a GEMM panel: four vectors of 16 float32
-constexpr int64_t kLinear4DotLanes = 48;   // columns of a dot-form work item: a multiple of every tile height and of 16
-constexpr int64_t kLinear4SmallRows = 16;  // the portable kernels' largest M
+constexpr int64_t kLinear4Lanes = 64;     // columns of a GEMM panel: four vectors of 16 float32
+constexpr int64_t kLinear4DotLanes = 48;  // columns of a dot-form work item: a multiple of every tile height and of 16
 
 // Dot form, for few rows: lanes run along k, W is decoded in registers. Columns [n0, n1), n0 % kLinear4DotLanes == 0.
 void linear4_dot_avx512bf16(const Linear4Job& job, int64_t n0, int64_t n1);
@@ -41,6 +40,24 @@ void linear4_dot_avx512bf16(const Linear4Job& job, int64_t n0, int64_t n1);
 // Broadcast form: a panel of W is decoded once for rows [m0, m1) of `in`. One panel of lanes from lane0.
 void linear4_forward_panel_avx512bf16(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
 void linear4_backward_panel_avx512bf16(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
+
+// Forward with float32 arithmetic, for every dtype and few rows: what runs without AVX512-BF16, and on float16 and
+// float32 with it.
+constexpr int64_t kLinear4SmallRows = 16;
+constexpr int64_t kLinear4SmallLanes = 64;
+void linear4_small_forward(const Linear4Job& job, int threads);
+
+struct Linear4SmallTile {
+  const float*
+      x;  // [M, K]; in every 64 elements, element 8 j + (s ^ 1) sits at 8 s + j: the order of nibbles s of dwords j
+  int64_t M;
+  const Weight4* weight;
+  DType dtype;  // that weights are rounded to
+};
+// sums[m][n - n0] for columns [n0, n1), n1 - n0 <= kLinear4SmallLanes; rows of sums are kLinear4SmallLanes apart.
+using Linear4SmallKernel = void (*)(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* sums);
+void linear4_small_avx2(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* sums);
+void linear4_small_avx512(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* sums);
 
 // This thread's 64-byte aligned scratch, kept between calls because fresh pages cost more than the kernels do.
 enum class Linear4Scratch { Panel, Sums, Terms, Input, Count };

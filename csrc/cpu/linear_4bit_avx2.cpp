@@ -1,0 +1,82 @@
+// y = x W' for few rows with AVX2 float32 FMA.
+#include <immintrin.h>
+
+#include "cpu/linear_4bit_kernels.h"
+
+namespace peft_kernels {
+namespace {
+
+inline __m256 rounded(__m256 value, DType dtype) {
+  if (dtype == DType::F32) return value;
+  if (dtype == DType::F16) return _mm256_cvtph_ps(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lsb);
+  const __m256 even = _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(int(0xffff0000u))));
+  return _mm256_blendv_ps(even, value, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+}
+
+inline float sum(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+template <int MR, int NR>
+void dot(const Linear4SmallTile& tile, int64_t m, int64_t n, float* sums) {
+  const Weight4& w = *tile.weight;
+  const float* code = w.book().code;
+  const int64_t per_row = w.K / w.blocksize;
+  __m256 acc[MR][NR];
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) acc[i][j] = _mm256_setzero_ps();
+  const float* x = tile.x + m * w.K;
+  for (int64_t block = 0; block < per_row; ++block) {
+    __m256 lower[NR], upper[NR];
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) {
+      const __m256 scale = _mm256_set1_ps(w.scale((n + j) * per_row + block));
+      lower[j] = rounded(_mm256_mul_ps(_mm256_loadu_ps(code), scale), tile.dtype);
+      upper[j] = rounded(_mm256_mul_ps(_mm256_loadu_ps(code + 8), scale), tile.dtype);
+    }
+    for (int64_t k = block * w.blocksize; k < (block + 1) * w.blocksize; k += 64) {
+#pragma GCC unroll 8
+      for (int s = 0; s < 8; ++s) {
+        __m256 decoded[NR];
+#pragma GCC unroll 4
+        for (int j = 0; j < NR; ++j) {
+          const __m256i packed = _mm256_loadu_si256((const __m256i*)(w.packed + ((n + j) * w.K + k) / 2));
+          const __m256i nibbles = _mm256_srli_epi32(packed, 4 * s);  // vpermps reads 3 index bits
+          const __m256 fourth_bit = _mm256_castsi256_ps(_mm256_slli_epi32(packed, 28 - 4 * s));
+          decoded[j] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower[j], nibbles),
+                                        _mm256_permutevar8x32_ps(upper[j], nibbles), fourth_bit);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < MR; ++i) {
+          const __m256 v = _mm256_loadu_ps(x + i * w.K + k + 8 * s);
+#pragma GCC unroll 4
+          for (int j = 0; j < NR; ++j) acc[i][j] = _mm256_fmadd_ps(v, decoded[j], acc[i][j]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) sums[(m + i) * kLinear4SmallLanes + j] = sum(acc[i][j]);
+}
+
+}  // namespace
+
+void linear4_small_avx2(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* sums) {
+  for (int64_t n = n0; n < n1; ++n) {
+    int64_t m = 0;
+    for (; m + 4 <= tile.M; m += 4) dot<4, 1>(tile, m, n, sums + n - n0);
+    for (; m + 2 <= tile.M; m += 2) dot<2, 1>(tile, m, n, sums + n - n0);
+    if (m < tile.M) dot<1, 1>(tile, m, n, sums + n - n0);
+  }
+}
+
+}  // namespace peft_kernels
