@@ -1,0 +1,34 @@
+"""The calls that are compiled ahead of time for `linear_4bit`: each tile of its tables once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ...triton_common.aot import Case
+from ..nf4.triton_aot import meta_weight
+from .triton_kernels import fused_backward, fused_forward
+
+_N, _K = 14336, 4096
+
+
+def _forward(rows: int, **weight: object) -> None:
+    x, bias = torch.empty(rows, _K, dtype=torch.bfloat16), torch.empty(_N, dtype=torch.bfloat16)
+    fused_forward(x, meta_weight(_N, _K, **weight), bias, None)  # type: ignore[arg-type]
+
+
+def _backward(rows: int, **weight: object) -> None:
+    dy = torch.empty(rows, _N, dtype=torch.bfloat16)
+    fused_backward(dy, meta_weight(_N, _K, **weight), None)  # type: ignore[arg-type]
+
+
+def cases() -> Iterator[Case]:
+    """Every tile with nested statistics; plain ones, FP4 and straddling blocks once."""
+    for rows in (1, 32, 64, 256):
+        yield Case(f"forward M={rows} bf16 nested", rows, lambda rows=rows: _forward(rows))
+        yield Case(f"backward M={rows} bf16 nested", rows, lambda rows=rows: _backward(rows))
+    yield Case("forward M=1 bf16 plain", 1, lambda: _forward(1, nested=False))
+    yield Case("forward M=1 bf16 fp4 nested", 1, lambda: _forward(1, quant_type="fp4"))
+    yield Case("forward M=1 bf16 any", 1, lambda: _forward(1, nested=False, blocksize=8192))
+    yield Case("backward M=1 bf16 any", 1, lambda: _backward(1, nested=False, blocksize=8192))

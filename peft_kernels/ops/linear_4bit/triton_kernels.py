@@ -1,0 +1,196 @@
+"""`linear_4bit` on the GPU: fused kernels for few rows, one decode into a scratch and the vendor's GEMM for many."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from ...triton_common import interpreting, why_not_tensor
+from ...triton_common.launch import Target, launch, target
+from ...triton_common.lowrank import NO_LOW_RANK, LowRank
+from ...triton_common.planes import split_count, sum_planes
+from ...weight4bit import Weight4bit
+from ..nf4.triton_kernels import dequantize, statistics
+from .triton_gemm import _linear_4bit_bwd_kernel, _linear_4bit_fwd_kernel
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# The most rows that the fused kernels serve; beyond, the decode is a small part of a large GEMM. Predictions: none of
+# these rows was measured yet. NVIDIA's 512 is where decode + cuBLAS is known to win on H100; without the byte-permute
+# decode (AMD, FP4, blocks that straddle rows) the fused kernels pay twice the instructions.
+_CROSSOVER = {"byte permute": 512, "table": 128}
+
+
+class _Tile(NamedTuple):
+    """A tile of the fused kernels: BLOCK_M rows of x; BLOCK_N x BLOCK_K of the weight."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# By the most rows each serves. Set from compiled objects (registers, spills), not from measurements: with 64 columns of
+# K a row's tile is one block of 64, so a thread holds one scale; eight warps where four would need over 200 registers.
+_FORWARD = {
+    16: _Tile(16, 128, 64, 4, 3),
+    32: _Tile(32, 128, 64, 4, 3),
+    64: _Tile(64, 128, 64, 8, 3),
+    512: _Tile(128, 128, 64, 8, 3),
+}
+_BACKWARD = {
+    16: _Tile(16, 64, 64, 4, 3),
+    32: _Tile(32, 64, 64, 4, 3),
+    512: _Tile(64, 64, 128, 8, 3),
+}
+
+
+def why_not(x: torch.Tensor, weight: Weight4bit) -> str | None:
+    """Why the Triton kernels cannot serve this call."""
+    return why_not_tensor("x", x, _DTYPES)
+
+
+def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (M, K), M >= 1 -> (M, N)."""
+    x = row_major(x)
+    if fused(x, weight):
+        return fused_forward(x, weight, bias, None)
+    return F.linear(x, decode(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
+    """dy (M, N) -> dx (M, K)."""
+    dy = row_major(dy)
+    if fused(dy, weight):
+        return fused_backward(dy, weight, None)
+    return dy @ decode(weight, dy.dtype)
+
+
+def fused(x: torch.Tensor, weight: Weight4bit) -> bool:
+    """Whether the fused kernels run: float32 has no tensor cores worth decoding for."""
+    kind = "byte permute" if _decode_kind(weight, target(x.device)) == "asm" else "table"
+    return x.dtype != torch.float32 and x.shape[0] <= _CROSSOVER[kind]
+
+
+def fused_forward(
+    x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, term: LowRank | None
+) -> torch.Tensor:
+    """y (M, N) = x W^T + b + term, where term.right is (rank, N)."""
+    m, (n, k) = x.shape[0], weight.shape
+    on, tile = target(x.device), _tile(_FORWARD, m)
+    grid = (triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m))
+    # planes are written and read once each: their traffic stays below the weight's
+    steps = triton.cdiv(k, tile.block_k)
+    k_per_split = triton.cdiv(steps, split_count(grid[0] * grid[1], steps, k // (16 * m), on)) * tile.block_k
+    splits = triton.cdiv(k, k_per_split)
+    y = x.new_empty((m, n))
+    planes = y if splits == 1 else x.new_empty((splits, m, n), dtype=torch.float32)
+    arguments = NO_LOW_RANK if term is None else term.arguments(x.dtype)
+    launch(
+        _linear_4bit_fwd_kernel,
+        (*grid, splits),
+        x.device,
+        x_ptr=x,
+        bias_ptr=bias,
+        out_ptr=planes,
+        k_per_split=k_per_split,
+        stride_xm=x.stride(0),
+        **{name: arguments[name] for name in arguments.keys() - _DROPOUT_ARGUMENTS},
+        **_weight_arguments(weight, on),
+        HAS_BIAS=bias is not None,
+        HAS_LORA=term is not None,
+        M=m,
+        **_tile_arguments(tile, weight, on),
+    )
+    return y if splits == 1 else sum_planes(planes, y)
+
+
+def fused_backward(dy: torch.Tensor, weight: Weight4bit, term: LowRank | None) -> torch.Tensor:
+    """dx (M, K) = dy W + term, where term.right is (rank, K)."""
+    m, (n, k) = dy.shape[0], weight.shape
+    on, tile = target(dy.device), _tile(_BACKWARD, m)
+    grid = (triton.cdiv(k, tile.block_k), triton.cdiv(m, tile.block_m))
+    steps = triton.cdiv(n, tile.block_n)
+    n_per_split = triton.cdiv(steps, split_count(grid[0] * grid[1], steps, n // (16 * m), on)) * tile.block_n
+    splits = triton.cdiv(n, n_per_split)
+    dx = dy.new_empty((m, k))
+    planes = dx if splits == 1 else dy.new_empty((splits, m, k), dtype=torch.float32)
+    launch(
+        _linear_4bit_bwd_kernel,
+        (*grid, splits),
+        dy.device,
+        dy_ptr=dy,
+        out_ptr=planes,
+        n_per_split=n_per_split,
+        stride_ym=dy.stride(0),
+        **(NO_LOW_RANK if term is None else term.arguments(dy.dtype)),
+        **_weight_arguments(weight, on),
+        HAS_LORA=term is not None,
+        M=m,
+        **_tile_arguments(tile, weight, on),
+    )
+    return dx if splits == 1 else sum_planes(planes, dx)
+
+
+def row_major(x: torch.Tensor) -> torch.Tensor:
+    """x with contiguous rows (a stride between rows is fine)."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+_scratch: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = {}
+
+
+def decode(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
+    """W in a scratch that the next call on the same stream overwrites; while a graph is captured, in a fresh tensor."""
+    device, numel = weight.packed.device, weight.shape[0] * weight.shape[1]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return dequantize(weight, dtype)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    buffer = _scratch.get((device, stream, dtype))
+    if buffer is None or buffer.numel() < numel:
+        buffer = _scratch[device, stream, dtype] = torch.empty(numel, dtype=dtype, device=device)
+    return dequantize(weight, dtype, out=buffer[:numel].view(weight.shape))
+
+
+_DROPOUT_ARGUMENTS = {"seed_ptr", "threshold", "inverse_keep", "DROPOUT"}
+
+
+def _decode_kind(weight: Weight4bit, on: Target) -> str:
+    """How a tile is decoded; see `load_weight_tile`."""
+    if weight.shape[1] % weight.blocksize:
+        return "any"
+    return "asm" if weight.quant_type == "nf4" and on.kind == "cuda" and not interpreting() else "lut"
+
+
+def _weight_arguments(weight: Weight4bit, on: Target) -> dict[str, Any]:
+    n, k = weight.shape
+    return {
+        **statistics(weight),
+        "N": n,
+        "K": k,
+        "stride_wn": k // 2,
+        "stride_sn": k // weight.blocksize,
+        "DECODE": _decode_kind(weight, on),
+        "enable_fp_fusion": False,
+    }
+
+
+def _tile(table: dict[int, _Tile], m: int) -> _Tile:
+    return next((tile for rows, tile in table.items() if m <= rows), table[max(table)])
+
+
+def _tile_arguments(tile: _Tile, weight: Weight4bit, on: Target) -> dict[str, Any]:
+    num_stages = 2 if on.kind == "hip" else tile.num_stages  # 64 KiB of shared memory there
+    if _decode_kind(weight, on) == "any":
+        num_stages = 1  # it would stage a scale for every element
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "num_warps": tile.num_warps,
+        "num_stages": num_stages,
+    }

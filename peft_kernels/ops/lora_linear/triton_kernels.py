@@ -1,0 +1,133 @@
+"""`lora_linear` on the GPU: skinny kernels for the adapters, and a base GEMM that takes their part along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ...triton_common.launch import Target, target
+from ...triton_common.lowrank import LowRank, expand_add
+from ...weight4bit import Weight4bit
+from ..linear_4bit import triton_kernels as base
+from .triton_adapter import da, shrink, t_and_db
+from .triton_gemm import seeded_gemm
+
+# How a dense GEMM gets the low-rank term, by target: "seeded" is our GEMM, whose accumulator starts from it; "vendor" is
+# the vendor's GEMM and one more pass over the result. Predictions: none of these rows was measured yet. On Hopper and
+# Blackwell cuBLAS is further ahead of a plain Triton GEMM than the pass over y costs (10 % at M = 8192, K = 4096).
+_LARGE_GEMM = {
+    ("cuda", 80): "seeded",
+    ("cuda", 86): "seeded",
+    ("cuda", 89): "seeded",
+    ("cuda", 90): "vendor",
+    ("cuda", 100): "vendor",
+    ("hip", "gfx942"): "vendor",
+    ("cpu", 0): "seeded",
+}
+
+
+def why_not(
+    x: torch.Tensor,
+    weight: torch.Tensor | Weight4bit,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+) -> str | None:
+    """Why the Triton kernels cannot serve this call."""
+    for parameter in (*lora_A, *lora_B):
+        if parameter.dtype == torch.float64:
+            return "it takes adapters of bfloat16, float16 and float32, not float64"
+    return base.why_not(x, weight)  # type: ignore[arg-type]
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | Weight4bit,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seeds: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (M, K) -> y (M, N), S (M, sum r) float32."""
+    x = base.row_major(x)
+    parts = [shrink(x, a, p, _seed(seeds, i)) for i, (a, p) in enumerate(zip(lora_A, dropout_p, strict=True))]
+    s = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if len(parts) == 1:
+        term = LowRank(s, lora_B[0].t(), scaling[0])
+    else:
+        right = torch.cat([b.float() * s_i for b, s_i in zip(lora_B, scaling, strict=True)], dim=1)
+        term = LowRank(s, right.t())
+    if isinstance(weight, Weight4bit) and base.fused(x, weight):
+        return base.fused_forward(x, weight, bias, term), s
+    w = base.decode(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
+    if _seeded(x, target(x.device)):
+        return seeded_gemm(x, w.t(), bias, term), s
+    y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+    expand_add(y, term)
+    return y, s
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | Weight4bit,
+    s: torch.Tensor,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+    seeds: torch.Tensor | None,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
+    """dy (M, N) -> dx (M, K) or None, [dA_i], [dB_i] (empty where not needed); x is only read for dA."""
+    dy = base.row_major(dy)
+    ts: list[torch.Tensor] = []
+    dBs: list[torch.Tensor] = []
+    columns = s.split([a.shape[0] for a in lora_A], dim=1)
+    for b, s_i, scale in zip(lora_B, columns, scaling, strict=True):
+        t, db = t_and_db(dy, b, s_i, scale, need_dx or need_dA, need_dB)
+        ts += [] if t is None else [t]
+        dBs += [] if db is None else [db]
+    dAs: list[torch.Tensor] = []
+    if need_dA:
+        assert x is not None
+        rows = base.row_major(x)
+        dAs = [da(rows, ts[i], a, dropout_p[i], _seed(seeds, i)) for i, a in enumerate(lora_A)]
+    dx = _dx(dy, weight, _dx_terms(ts, lora_A, dropout_p, seeds)) if need_dx else None
+    return dx, dAs, dBs
+
+
+def _dx(dy: torch.Tensor, weight: torch.Tensor | Weight4bit, terms: list[LowRank]) -> torch.Tensor:
+    """dy W + terms: the first comes with the GEMM, the others in passes of their own."""
+    if isinstance(weight, Weight4bit) and base.fused(dy, weight):
+        dx, rest = base.fused_backward(dy, weight, terms[0]), terms[1:]
+    else:
+        w = base.decode(weight, dy.dtype) if isinstance(weight, Weight4bit) else weight
+        seeded = _seeded(dy, target(dy.device))
+        dx, rest = (seeded_gemm(dy, w, None, terms[0]), terms[1:]) if seeded else (dy @ w, terms)
+    for term in rest:
+        expand_add(dx, term)
+    return dx
+
+
+def _dx_terms(
+    ts: list[torch.Tensor], lora_A: Sequence[torch.Tensor], dropout_p: Sequence[float], seeds: torch.Tensor | None
+) -> list[LowRank]:
+    """mask_i * (T_i A_i): one term where no mask tells the adapters apart."""
+    if len(ts) > 1 and not any(dropout_p):
+        return [LowRank(torch.cat(ts, dim=1), torch.cat([a.float() for a in lora_A]))]
+    return [LowRank(t, a, 1.0, p, _seed(seeds, i)) for i, (t, a, p) in enumerate(zip(ts, lora_A, dropout_p, strict=True))]
+
+
+def _seeded(x: torch.Tensor, on: Target) -> bool:
+    return x.dtype != torch.float32 and _LARGE_GEMM.get((on.kind, on.arch)) == "seeded"
+
+
+def _seed(seeds: torch.Tensor | None, i: int) -> torch.Tensor | None:
+    """Seed i as a view: the kernel reads it, the host never waits for it."""
+    return None if seeds is None else seeds[i : i + 1]

@@ -1,0 +1,144 @@
+"""The codec on the GPU: quantize in one launch, dequantize in one launch with nested statistics too."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...triton_common import why_not_tensor
+from ...triton_common.decode import block_scale
+from ...triton_common.launch import launch
+from .reference import code_book
+
+if TYPE_CHECKING:
+    from ...weight4bit import Weight4bit
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8)
+# One thread decodes four bytes: eight 16-bit weights make one 16-byte store, and a warp's loads are one 128-byte line.
+_BYTES_PER_THREAD, _WARPS = 4, 4
+
+
+def why_not(tensor: torch.Tensor) -> str | None:
+    """Why the Triton codec cannot serve this tensor (values to quantize, or packed codes)."""
+    return why_not_tensor("the tensor", tensor, _DTYPES)
+
+
+@functools.cache
+def _decision_tables(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The midpoints of the sorted code (15,), and which 4-bit code each interval between them has (16,)."""
+    code, order = code_book(quant_type, device).sort(stable=True)
+    return (code[:-1] + code[1:]) / 2, order.to(torch.uint8)
+
+
+def quantize(flat: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat (n,) -> packed (ceil(n / 2),) uint8, absmax (ceil(n / blocksize),) float32."""
+    n = flat.numel()
+    blocks = triton.cdiv(n, blocksize)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
+    midpoints, order = _decision_tables(quant_type, flat.device)
+    per_program = max(2048 // blocksize, 1)
+    launch(
+        _nf4_quantize_kernel,
+        (triton.cdiv(blocks, per_program),),
+        flat.device,
+        x_ptr=flat,
+        midpoints_ptr=midpoints,
+        order_ptr=order,
+        packed_ptr=packed,
+        absmax_ptr=absmax,
+        numel=n,
+        BLOCKSIZE=blocksize,
+        BLOCKS=per_program,
+        num_warps=_WARPS,
+    )
+    return packed, absmax
+
+
+def dequantize(weight: Weight4bit, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """W (N, K) of dtype, into `out` (a contiguous tensor of N * K elements) where given."""
+    n, k = weight.shape
+    out = torch.empty((n, k), dtype=dtype, device=weight.packed.device) if out is None else out
+    per_program = max(_BYTES_PER_THREAD * 32 * _WARPS * 2 // weight.blocksize, 1)
+    launch(
+        _nf4_dequantize_kernel,
+        (triton.cdiv(weight.blocks, per_program),),
+        out.device,
+        **statistics(weight),
+        out_ptr=out,
+        numel=n * k,
+        BLOCKS=per_program,
+        num_warps=_WARPS,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def statistics(weight: Weight4bit) -> dict[str, Any]:
+    """The arguments by which every kernel takes a Weight4bit."""
+    nested = weight.nested
+    return {
+        "packed_ptr": weight.packed,
+        "absmax_ptr": weight.absmax,
+        "absmax2_ptr": None if nested is None else nested.absmax2,
+        "code2_ptr": None if nested is None else nested.code,
+        "offset_ptr": None if nested is None else nested.offset,
+        "code_ptr": code_book(weight.quant_type, weight.packed.device),
+        "BLOCKSIZE": weight.blocksize,
+        "NESTED": nested is not None,
+        "NESTED_BLOCKSIZE": 1 if nested is None else nested.blocksize,
+    }
+
+
+@triton.jit
+def _nf4_quantize_kernel(
+    x_ptr, midpoints_ptr, order_ptr, packed_ptr, absmax_ptr, numel, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    offset = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    x = tl.load(x_ptr + offset, mask=offset < numel, other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(x), axis=1)
+    poisoned = tl.max((x != x).to(tl.int32), axis=1) > 0  # tl.max drops NaN, torch keeps it
+    absmax = tl.where(poisoned, float("nan"), absmax)
+    divisor = tl.where(absmax < 1e-38, 1e-38, absmax)
+    # bitsandbytes multiplies by the reciprocal in whole blocks; it divides in a partial one and stores the clamped value
+    partial = block == numel // BLOCKSIZE
+    reciprocal = tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), divisor)
+    quotient = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
+    scaled = tl.where(partial[:, None], quotient, x * reciprocal[:, None])
+    index = tl.zeros([BLOCKS, BLOCKSIZE], tl.int32)
+    for i in tl.static_range(15):
+        # a tie takes the lower code; NaN compares false and takes the highest, as torch's bucketize gives it
+        index += (~(scaled <= tl.load(midpoints_ptr + i))).to(tl.int32)
+    nibble = tl.load(order_ptr + index).to(tl.int32)
+    high, low = tl.split(nibble.reshape(BLOCKS, BLOCKSIZE // 2, 2))
+    byte = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+    tl.store(packed_ptr + byte, ((high << 4) | low).to(tl.uint8), mask=byte < (numel + 1) // 2)
+    tl.store(absmax_ptr + block, tl.where(partial, divisor, absmax), mask=block * BLOCKSIZE < numel)
+
+
+@triton.jit
+def _nf4_dequantize_kernel(
+    packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, out_ptr, numel,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    BYTES: tl.constexpr = BLOCKSIZE // 2
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    block = tl.arange(0, BLOCKS)
+    left = numel - first * BLOCKSIZE  # elements from here on
+    scale = block_scale(
+        first + block, block * BLOCKSIZE < left, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr,
+        NESTED, NESTED_BLOCKSIZE,
+    )  # fmt: skip
+    byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    packed = tl.load(packed_ptr + first * BYTES + byte, mask=byte * 2 < left, other=0).to(tl.int32)
+    # 64 bytes of codes: every lookup of a warp falls into one line of L1, and float32 codes keep the result exact
+    high = tl.load(code_ptr + (packed >> 4)) * scale[:, None]
+    low = tl.load(code_ptr + (packed & 0xF)) * scale[:, None]
+    values = tl.join(high, low).reshape(BLOCKS, BLOCKSIZE)
+    element = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    tl.store(out_ptr + first * BLOCKSIZE + element, values.to(out_ptr.dtype.element_ty), mask=element < left)

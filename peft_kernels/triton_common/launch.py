@@ -1,0 +1,78 @@
+"""The one door to a kernel launch, so that the same host code can also be recorded and compiled ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import interpreting
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What kernels are tuned for: kind "cuda" or "hip", arch 80, 90, 100 or "gfx942", and its multiprocessors."""
+
+    kind: str
+    arch: int | str
+    multiprocessors: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A recorded launch."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    options: dict[str, Any]
+
+
+if interpreting():
+    from .interpreter import mend
+
+    mend()
+
+# A few programs, so that the interpreter takes the split paths too.
+_INTERPRETER = Target("cpu", 0, 4)
+_recording: tuple[Target, list[Launch]] | None = None
+
+
+def target(device: torch.device) -> Target:
+    """The target that a launch on `device` is for."""
+    if _recording is not None:
+        return _recording[0]
+    return _INTERPRETER if interpreting() else _device_target(device.index or 0)
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **kwargs: Any) -> None:
+    """Run `kernel` over `grid` on `device`; kwargs are its arguments and num_warps, num_stages, enable_fp_fusion."""
+    if _recording is not None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in kwargs}
+        _recording[1].append(Launch(kernel, grid, kwargs, options))
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**kwargs)
+
+
+@contextlib.contextmanager
+def record(for_target: Target) -> Iterator[list[Launch]]:
+    """Collect the launches that host code would make on `for_target` instead of making them."""
+    global _recording
+    previous, _recording = _recording, (for_target, [])
+    try:
+        yield _recording[1]
+    finally:
+        _recording = previous

@@ -1,0 +1,77 @@
+"""The fused 4-bit GEMMs, and the decode + vendor path, against a float64 reference."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from triton_support import DEVICE, HALVES, poison, randn
+
+from peft_kernels import Weight4bit, functional, use_backend
+from peft_kernels.ops.linear_4bit import triton_kernels
+from peft_kernels.testing import assert_within_budget
+
+__all__ = ["poison"]
+
+# rows, N, K, quant_type, blocksize, nested, bias: every way to decode a tile, every row tile, odd sizes
+CASES = {
+    "one-row": (1, 96, 256, "nf4", 64, True, True),
+    "two-blocks-per-tile": (5, 70, 128, "nf4", 32, False, True),
+    "straddling-blocks": (3, 33, 65, "nf4", 64, True, False),
+    "fp4": (17, 40, 192, "fp4", 64, True, True),
+    "wide-blocks": (33, 64, 512, "nf4", 256, True, False),
+    "K-576": (65, 130, 576, "nf4", 64, False, True),
+}
+if DEVICE.type == "cuda":
+    CASES |= {
+        "decode": (1, 14336, 4096, "nf4", 64, True, True),
+        "prefill": (300, 4096, 14336, "nf4", 64, True, False),
+    }
+
+
+def quantized(n, k, quant_type, blocksize, nested):
+    return Weight4bit.quantize(randn(n, k, scale=0.1), quant_type=quant_type, blocksize=blocksize, double_quant=nested)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rows, n, k, quant_type, blocksize, nested, has_bias", CASES.values(), ids=CASES)
+def test_fused(rows, n, k, quant_type, blocksize, nested, has_bias, dtype, poison):
+    weight = quantized(n, k, quant_type, blocksize, nested)
+    exact, rounded = weight.dequantize(torch.float32).double(), weight.dequantize(dtype)
+    x, dy = randn(rows, k, dtype=dtype), randn(rows, n, dtype=dtype)
+    bias = randn(n, dtype=dtype) if has_bias else None
+    y = triton_kernels.fused_forward(x, weight, bias, None)
+    wide_bias = None if bias is None else bias.double()
+    assert_within_budget(y, F.linear(x.double(), exact, wide_bias), F.linear(x, rounded, bias), "y")
+    dx = triton_kernels.fused_backward(dy, weight, None)
+    assert_within_budget(dx, dy.double() @ exact, dy @ rounded, "dx")
+    assert torch.equal(y, triton_kernels.fused_forward(x, weight, bias, None)), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_decode_and_vendor_gemm(dtype):
+    weight = quantized(40, 64, "nf4", 64, True)
+    x = randn(700, 64, dtype=dtype)
+    assert not triton_kernels.fused(x, weight)
+    w = weight.dequantize(dtype)
+    torch.testing.assert_close(triton_kernels.forward(x, weight, None), x @ w.t(), rtol=0, atol=0)
+    torch.testing.assert_close(triton_kernels.backward(x @ w.t(), weight), (x @ w.t()) @ w, rtol=0, atol=0)
+
+
+def test_strided_rows():
+    weight = quantized(24, 64, "nf4", 64, True)
+    wide = randn(6, 128, dtype=torch.float16)
+    for x in (wide[:, :64], wide[:, 64:][::2], wide[:, :64].t().contiguous().t(), wide[:1, :64].expand(6, 64)):
+        expected = triton_kernels.forward(x.contiguous(), weight, None)
+        assert torch.equal(triton_kernels.forward(x, weight, None), expected)
+
+
+def test_public_function_and_gradient():
+    weight = quantized(24, 64, "nf4", 64, True)
+    x = randn(2, 3, 64, dtype=torch.float16).requires_grad_()
+    bias = randn(24, dtype=torch.float16).requires_grad_()
+    results = []
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            y = functional.linear_4bit(x, weight, bias)
+            results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, bias))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,29 @@
+"""What the tests of the Triton kernels share: where they run, and poisoned memory."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from peft_kernels.triton_common import interpreting
+
+if not (interpreting() or torch.cuda.is_available()):
+    reason = "needs a GPU or TRITON_INTERPRET=1 (test_triton_common.py runs these tests in the interpreter)"
+    pytest.skip(reason, allow_module_level=True)
+
+DEVICE = torch.device("cpu" if interpreting() else "cuda")
+# The interpreter truncates float32 to bfloat16 where hardware rounds, so bfloat16 is for GPUs.
+HALVES = [torch.float16] if interpreting() else [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def poison():
+    """Every tensor that is allocated without a value holds NaN (integers: their largest value)."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    """Fresh normal values on the device."""
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
