@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every target without a GPU, without spills, within shared memory, on matrix units."""
+"""Without a GPU, every kernel compiles for every target: no spills, within shared memory, on the matrix units."""
 
 import functools
 

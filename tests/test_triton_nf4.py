@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from triton_support import DEVICE, HALVES, poison, randn
+from triton_support import DEVICE, HALVES, poison, randn, seed
 
 from peft_kernels import Weight4bit, use_backend
 from peft_kernels.ops.nf4 import reference, triton_kernels
 
-__all__ = ["poison"]
+__all__ = ["poison", "seed"]  # fixtures
 DTYPES = [torch.float32, *HALVES]
 
 
@@ -38,9 +38,7 @@ def test_quantize_non_finite(bad):
 @pytest.mark.parametrize("quant_type, blocksize", [("nf4", 64), ("nf4", 32), ("fp4", 256)])
 def test_dequantize(quant_type, blocksize, shape, nested, dtype, poison):
     with use_backend("reference"):
-        weight = Weight4bit.quantize(
-            randn(*shape), quant_type=quant_type, blocksize=blocksize, double_quant=nested
-        )
+        weight = Weight4bit.quantize(randn(*shape), quant_type=quant_type, blocksize=blocksize, double_quant=nested)
         expected = weight.dequantize(dtype)
     assert torch.equal(triton_kernels.dequantize(weight, dtype), expected)
 
@@ -53,9 +51,9 @@ def test_dequantize_into_scratch():
 
 
 def test_why_not():
-    assert triton_kernels.why_not(randn(4)) is None
-    assert "float64" in triton_kernels.why_not(randn(4).double())
-    assert "meta" in triton_kernels.why_not(torch.empty(4, device="meta"))
+    assert triton_kernels.why_not(DEVICE, (torch.float32,)) is None
+    assert "float64" in triton_kernels.why_not(DEVICE, (torch.float64,))
+    assert "meta" in triton_kernels.why_not(torch.device("meta"), (torch.float32,))
 
 
 @pytest.mark.gpu

@@ -15,6 +15,12 @@ DEVICE = torch.device("cpu" if interpreting() else "cuda")
 HALVES = [torch.float16] if interpreting() else [torch.float16, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """The same inputs every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def poison():
     """Every tensor that is allocated without a value holds NaN (integers: their largest value)."""

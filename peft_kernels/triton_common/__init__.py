@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 def interpreting() -> bool:
     """Whether Triton kernels run on the CPU, in its interpreter."""
@@ -23,12 +25,15 @@ def why_not() -> str | None:
     return "no CUDA or ROCm device"
 
 
-def why_not_tensor(name: str, x: torch.Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Why Triton kernels cannot run on `x`, an argument called `name`."""
-    if x.dtype not in dtypes:
-        return f"it takes {', '.join(str(dtype) for dtype in dtypes)}, {name} is {x.dtype}"
-    if x.device.type != ("cpu" if interpreting() else "cuda"):
-        return why_not() or f"it runs on a GPU, {name} is on {x.device}"
-    if x.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+def why_not_tensors(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Why Triton kernels cannot take tensors of these dtypes on this device."""
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"it computes in bfloat16, float16 and float32, not {dtype}"
+    if reason := why_not():
+        return reason
+    if device.type != ("cpu" if interpreting() else "cuda"):
+        return f"it runs on a GPU, the tensors are on {device}"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0 (tensor cores with bfloat16)"
-    return why_not()
+    return None

@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of every kernel for every target, on a machine without a GPU.
 
-The operations' own host code runs on tensors without storage and its launches are recorded, so that what is compiled is
-what a launch on that target would compile: tiles, warps, specialized integers. `python -m peft_kernels.triton_common.aot`
-prints the table.
+The operations' own host code runs on tensors without storage and its launches are recorded, so that what is compiled
+is what a launch on that target would compile: tiles, warps, specialized integers.
+`python -m peft_kernels.triton_common.aot` prints the table.
 """
 
 from __future__ import annotations
@@ -92,12 +92,18 @@ def compile_launch(launch: Launch, machine: Machine) -> Report:
     name = launch.kernel.fn.__name__
     if machine.target.kind == "hip":
         text = compiled.asm["amdgcn"]
-        registers, spills = _number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+        registers, spills = (
+            _number(r"\.vgpr_count:\s+(\d+)", text),
+            _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
+        )
         sass = text
     else:
         text = compiled.asm["ptx"]
         usage, sass = _disassemble(compiled.asm["cubin"])
-        registers, spills = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
+        registers, spills = (
+            _number(r"REG:(\d+)", usage),
+            _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
+        )
     found = frozenset(re.findall(machine.matrix_instruction, text))
     return Report(name, registers, spills, compiled.metadata.shared, found, sass)
 
@@ -143,7 +149,9 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, check=True)
+        usage = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, check=True
+        )
         sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, check=True)
     return usage.stdout.decode(), sass.stdout.decode()
 

@@ -35,7 +35,6 @@ def decode_asm(code: tuple[float, ...]) -> str:
         if pair:
             lines += ["shr.b32 q, q, 16;", "shr.b32 s, s, 16;"]
         for plane, t in zip(("lo", "hi"), planes, strict=True):
-            # the tables are immediates that the assembler keeps in registers outside the loop
             lines += [
                 f"{{ .reg .b32 a, b; mov.b32 a, {t[0]:#x}; mov.b32 b, {t[1]:#x}; prmt.b32 u, a, b, q; }}",
                 f"{{ .reg .b32 a, b; mov.b32 a, {t[2]:#x}; mov.b32 b, {t[3]:#x}; prmt.b32 v, a, b, q; }}",
@@ -69,8 +68,8 @@ def load_weight_tile(
 ):  # fmt: skip
     """W[n0 : n0 + BLOCK_N, k0 : k0 + BLOCK_K] as DTYPE, zero outside.
 
-    DECODE "any" takes every shape element by element. "asm" and "lut" want K to be a multiple of BLOCKSIZE, so that rows
-    are whole blocks; stride_wn is then the bytes and stride_sn the scales of a row. "asm" is NF4 on NVIDIA.
+    DECODE "any" takes every shape element by element. "asm" and "lut" want K to be a multiple of BLOCKSIZE, so that
+    rows are whole blocks; stride_wn is then the bytes and stride_sn the scales of a row. "asm" is NF4 on NVIDIA.
     """
     n = tl.arange(0, BLOCK_N)
     if DECODE == "any":

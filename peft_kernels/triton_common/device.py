@@ -79,8 +79,8 @@ def lora_seed(
 ):  # fmt: skip
     """acc + a b^T for a tile of a (rows, rank) and of b (cols, rank), in BLOCK_R columns at a time.
 
-    One of them is an adapter's matrix, the other float32. LORA_PIECES 1: a product in the adapter's 16-bit dtype. 3: each
-    side as a pair of bfloat16 (16 bits together), ample for a sum that ends in 16 bits. 6: float32.
+    One of them is an adapter's matrix, the other float32. LORA_PIECES 1: a product in the adapter's 16-bit dtype. 3:
+    each side as a pair of bfloat16 (16 bits together), ample for a sum that ends in 16 bits. 6: float32.
     """
     row = row0 + tl.arange(0, BLOCK_ROWS)
     col = col0 + tl.arange(0, BLOCK_COLS)
@@ -93,9 +93,9 @@ def lora_seed(
         b = tl.load(b_ptr + (r0 + r)[:, None] * stride_bk, mask=inside[:, None] & (col < cols)[None, :], other=0.0)
         if LORA_PIECES == 1:
             if a.dtype == tl.float32:
-                acc = dot(a.to(b.dtype), b, acc)
-            else:
-                acc = dot(a, b.to(a.dtype), acc)
+                a = a.to(b.dtype)
+            b = b.to(a.dtype)
+            acc = dot(a, b, acc)
         elif LORA_PIECES == 6:
             acc = dot_float32(a, b, acc)
         else:

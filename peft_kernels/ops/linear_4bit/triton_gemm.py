@@ -54,7 +54,8 @@ def _linear_4bit_fwd_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 def _linear_4bit_bwd_kernel(
-    dy_ptr, packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, left_ptr, right_ptr, seed_ptr, out_ptr,
+    dy_ptr, packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, left_ptr, right_ptr, seed_ptr,
+    out_ptr,
     M, N, K, rank, n_per_split, scaling, threshold, inverse_keep,
     stride_ym, stride_wn, stride_sn, stride_lm, stride_rr, stride_rn,
     DECODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,

@@ -8,15 +8,13 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from ...triton_common import interpreting, why_not_tensor
+from ...triton_common import interpreting, why_not_tensors
 from ...triton_common.launch import Target, launch, target
 from ...triton_common.lowrank import NO_LOW_RANK, LowRank
 from ...triton_common.planes import split_count, sum_planes
 from ...weight4bit import Weight4bit
 from ..nf4.triton_kernels import dequantize, statistics
 from .triton_gemm import _linear_4bit_bwd_kernel, _linear_4bit_fwd_kernel
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # The most rows that the fused kernels serve; beyond, the decode is a small part of a large GEMM. Predictions: none of
 # these rows was measured yet. NVIDIA's 512 is where decode + cuBLAS is known to win on H100; without the byte-permute
@@ -49,9 +47,9 @@ _BACKWARD = {
 }
 
 
-def why_not(x: torch.Tensor, weight: Weight4bit) -> str | None:
-    """Why the Triton kernels cannot serve this call."""
-    return why_not_tensor("x", x, _DTYPES)
+def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the Triton kernels cannot serve such tensors."""
+    return why_not_tensors(device, dtypes)
 
 
 def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> torch.Tensor:
@@ -76,9 +74,7 @@ def fused(x: torch.Tensor, weight: Weight4bit) -> bool:
     return x.dtype != torch.float32 and x.shape[0] <= _CROSSOVER[kind]
 
 
-def fused_forward(
-    x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, term: LowRank | None
-) -> torch.Tensor:
+def fused_forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, term: LowRank | None) -> torch.Tensor:
     """y (M, N) = x W^T + b + term, where term.right is (rank, N)."""
     m, (n, k) = x.shape[0], weight.shape
     on, tile = target(x.device), _tile(_FORWARD, m)

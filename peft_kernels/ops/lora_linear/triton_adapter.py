@@ -13,6 +13,7 @@ from ...triton_common.launch import Target, launch, target
 from ...triton_common.lowrank import block_r, dropout_arguments
 from ...triton_common.planes import split_count, sum_planes
 
+
 class _Tile(NamedTuple):
     """Rows and columns of a tile of x or dY, and the most columns of the rank."""
 
@@ -21,8 +22,8 @@ class _Tile(NamedTuple):
     block_r: int
 
 
-# The shrink kernel has a tall tile of its own, of 128 rows: Blackwell's natural size. Six products a step in place of one
-# or three need small tiles, or registers spill.
+# The shrink kernel has a tall tile of its own, of 128 rows: Blackwell's natural size. Six products a step in place of
+# one or three need small tiles, or registers spill.
 _TILE, _TILE_FLOAT32 = _Tile(64, 128, 64), _Tile(32, 64, 16)
 _SHRINK_TILE, _SHRINK_TILE_FLOAT32 = _Tile(128, 64, 64), _Tile(64, 32, 16)
 
@@ -107,7 +108,9 @@ def t_and_db(
     )
     return (
         None if t is None else sum_planes(t, torch.empty_like(t[0]), scaling),
-        None if db is None else sum_planes(db, torch.empty(lora_B.shape, dtype=lora_B.dtype, device=dy.device), scaling),
+        None
+        if db is None
+        else sum_planes(db, torch.empty(lora_B.shape, dtype=lora_B.dtype, device=dy.device), scaling),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ...triton_common import why_not_tensors
 from ...triton_common.launch import Target, target
 from ...triton_common.lowrank import LowRank, expand_add
 from ...weight4bit import Weight4bit
@@ -14,9 +15,9 @@ from ..linear_4bit import triton_kernels as base
 from .triton_adapter import da, shrink, t_and_db
 from .triton_gemm import seeded_gemm
 
-# How a dense GEMM gets the low-rank term, by target: "seeded" is our GEMM, whose accumulator starts from it; "vendor" is
-# the vendor's GEMM and one more pass over the result. Predictions: none of these rows was measured yet. On Hopper and
-# Blackwell cuBLAS is further ahead of a plain Triton GEMM than the pass over y costs (10 % at M = 8192, K = 4096).
+# How a dense GEMM gets the low-rank term, by target: "seeded" is our GEMM, whose accumulator starts from it; "vendor"
+# is the vendor's GEMM and one more pass over the result. Predictions: none of these rows was measured yet. On Hopper
+# and Blackwell cuBLAS is further ahead of a plain Triton GEMM than the pass over y costs (10 % at M = 8192, K = 4096).
 _LARGE_GEMM = {
     ("cuda", 80): "seeded",
     ("cuda", 86): "seeded",
@@ -28,17 +29,9 @@ _LARGE_GEMM = {
 }
 
 
-def why_not(
-    x: torch.Tensor,
-    weight: torch.Tensor | Weight4bit,
-    lora_A: Sequence[torch.Tensor],
-    lora_B: Sequence[torch.Tensor],
-) -> str | None:
-    """Why the Triton kernels cannot serve this call."""
-    for parameter in (*lora_A, *lora_B):
-        if parameter.dtype == torch.float64:
-            return "it takes adapters of bfloat16, float16 and float32, not float64"
-    return base.why_not(x, weight)  # type: ignore[arg-type]
+def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the Triton kernels cannot serve such tensors."""
+    return why_not_tensors(device, dtypes)
 
 
 def forward(
@@ -121,7 +114,9 @@ def _dx_terms(
     """mask_i * (T_i A_i): one term where no mask tells the adapters apart."""
     if len(ts) > 1 and not any(dropout_p):
         return [LowRank(torch.cat(ts, dim=1), torch.cat([a.float() for a in lora_A]))]
-    return [LowRank(t, a, 1.0, p, _seed(seeds, i)) for i, (t, a, p) in enumerate(zip(ts, lora_A, dropout_p, strict=True))]
+    return [
+        LowRank(t, a, 1.0, p, _seed(seeds, i)) for i, (t, a, p) in enumerate(zip(ts, lora_A, dropout_p, strict=True))
+    ]
 
 
 def _seeded(x: torch.Tensor, on: Target) -> bool:

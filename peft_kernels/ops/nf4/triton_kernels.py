@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_common import why_not_tensor
+from ...triton_common import why_not_tensors
 from ...triton_common.decode import block_scale
 from ...triton_common.launch import launch
 from .reference import code_book
@@ -17,14 +17,13 @@ from .reference import code_book
 if TYPE_CHECKING:
     from ...weight4bit import Weight4bit
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8)
 # One thread decodes four bytes: eight 16-bit weights make one 16-byte store, and a warp's loads are one 128-byte line.
 _BYTES_PER_THREAD, _WARPS = 4, 4
 
 
-def why_not(tensor: torch.Tensor) -> str | None:
-    """Why the Triton codec cannot serve this tensor (values to quantize, or packed codes)."""
-    return why_not_tensor("the tensor", tensor, _DTYPES)
+def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the Triton codec cannot serve such tensors."""
+    return why_not_tensors(device, dtypes)
 
 
 @functools.cache
@@ -105,7 +104,7 @@ def _nf4_quantize_kernel(
     poisoned = tl.max((x != x).to(tl.int32), axis=1) > 0  # tl.max drops NaN, torch keeps it
     absmax = tl.where(poisoned, float("nan"), absmax)
     divisor = tl.where(absmax < 1e-38, 1e-38, absmax)
-    # bitsandbytes multiplies by the reciprocal in whole blocks; it divides in a partial one and stores the clamped value
+    # bitsandbytes multiplies by the reciprocal in whole blocks; in a partial one it divides and stores the clamped one
     partial = block == numel // BLOCKSIZE
     reciprocal = tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), divisor)
     quotient = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
