@@ -66,7 +66,7 @@ class Report:
     spills: int
     shared: int
     matrix_instructions: frozenset[str]
-    sass: str
+    binary: bytes
 
 
 def cases() -> Iterator[tuple[str, Case]]:
@@ -86,26 +86,21 @@ def launches(case: Case, machine: Machine) -> list[Launch]:
 
 def compile_launch(launch: Launch, machine: Machine) -> Report:
     """Compile one recorded launch."""
-    target = GPUTarget(machine.target.kind, machine.target.arch, 64 if machine.target.kind == "hip" else 32)
+    hip = machine.target.kind == "hip"
     source = ASTSource(launch.kernel, *specialize(launch))
-    compiled = triton.compile(source, target=target, options=launch.options)
-    name = launch.kernel.fn.__name__
-    if machine.target.kind == "hip":
+    gpu = GPUTarget(machine.target.kind, machine.target.arch, 64 if hip else 32)
+    compiled = triton.compile(source, target=gpu, options=launch.options)
+    binary = compiled.asm["hsaco" if hip else "cubin"]
+    if hip:
         text = compiled.asm["amdgcn"]
-        registers, spills = (
-            _number(r"\.vgpr_count:\s+(\d+)", text),
-            _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        )
-        sass = text
+        registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        spills = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
     else:
-        text = compiled.asm["ptx"]
-        usage, sass = _disassemble(compiled.asm["cubin"])
-        registers, spills = (
-            _number(r"REG:(\d+)", usage),
-            _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
-        )
+        text, usage = compiled.asm["ptx"], _tool("cuobjdump", "--dump-resource-usage", binary)
+        registers = _number(r"REG:(\d+)", usage)
+        spills = _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
     found = frozenset(re.findall(machine.matrix_instruction, text))
-    return Report(name, registers, spills, compiled.metadata.shared, found, sass)
+    return Report(launch.kernel.fn.__name__, registers, spills, compiled.metadata.shared, found, binary)
 
 
 def specialize(launch: Launch) -> tuple[dict, dict, dict]:
@@ -143,17 +138,18 @@ def _number(pattern: str, text: str) -> int:
     return int(re.findall(pattern, text)[0])
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, SASS) by the tools inside Triton's wheel."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _tool(name: str, flag: str, cubin: bytes) -> str:
+    """What a tool inside Triton's wheel says about a compiled NVIDIA kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, check=True
-        )
-        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, check=True)
-    return usage.stdout.decode(), sass.stdout.decode()
+        return subprocess.run([path, flag, file.name], capture_output=True, check=True, text=True).stdout
+
+
+def sass(report: Report) -> str:
+    """The machine code of a kernel compiled for NVIDIA."""
+    return _tool("nvdisasm", "-c", report.binary)
 
 
 def row(case: Case, machine: Machine, report: Report) -> str:

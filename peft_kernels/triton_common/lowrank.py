@@ -56,7 +56,7 @@ def block_r(rank: int) -> int:
 
 
 def dropout_arguments(p: float, seed: torch.Tensor | None) -> dict[str, Any]:
-    """Seed, 32-bit threshold and 1 / (1 - p); that is zero for p = 1, as one word in 2^32 still passes the threshold."""
+    """Seed, 32-bit threshold and 1 / (1 - p); that is zero for p = 1, where one word in 2^32 passes the threshold."""
     return {
         "seed_ptr": seed if p > 0 else None,
         "threshold": min(int(p * 2**32), 2**32 - 1),
