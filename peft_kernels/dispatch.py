@@ -165,6 +165,10 @@ def record(call: Any, *args: Any, **kwargs: Any) -> list[Explanation | str]:
         call(*args, **kwargs)
     except _Explained:
         pass
+    except Exception as error:
+        if not _recorder:
+            raise
+        _recorder.append(f"  and that fails with {type(error).__name__}: {error}")
     finally:
         recorded, _recorder = _recorder, None
     return recorded

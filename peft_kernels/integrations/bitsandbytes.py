@@ -147,14 +147,12 @@ for _cls in (FusedLinear4bit, FusedLinearNF4, FusedLinearFP4):
 
 def _why_not_weight(layer: Any) -> str | None:
     """Why the weight cannot be read past the module, or None."""
+    if type(layer.weight) not in (nn.Parameter, bnb.nn.Params4bit):  # unpickling makes plain parameters
+        return f"weight is a {type(layer.weight).__name__}"
     if getattr(layer.weight, "quant_state", None) is None:
         if getattr(layer, "quant_state", None) is None:
             return "weight is not quantized yet (move the layer to a device first)"
-        if type(layer.weight) not in (nn.Parameter, bnb.nn.Params4bit):
-            return f"weight is a {type(layer.weight).__name__}"
         fix_4bit_weight_quant_state_from_module(layer)  # FSDP drops it; bitsandbytes' own forward does the same
-    if type(layer.weight) is not bnb.nn.Params4bit:
-        return f"weight is a {type(layer.weight).__name__}"
     if layer.weight.device.type == "meta":
         return "weight is on the meta device"
     shape = tuple(layer.weight.quant_state.shape)
