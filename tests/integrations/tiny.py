@@ -115,7 +115,11 @@ def oracle(layer, x, dy):
     """`run` for a LoRA layer (or a bare 4-bit one) in float64, named alike."""
     base = getattr(layer, "base_layer", layer)
     w = base.weight
-    w = pk.Weight4bit.from_bnb(w).dequantize(torch.float64) if hasattr(w, "quant_state") else w.detach().double()
+    w = (
+        pk.Weight4bit.from_bnb(w).dequantize(torch.float32).double()
+        if hasattr(w, "quant_state")
+        else w.detach().double()
+    )
     params = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters() if p.requires_grad}
     leaf = x.detach().double().requires_grad_()
     bias = None if base.bias is None else params.get("bias", base.bias.detach().double())
