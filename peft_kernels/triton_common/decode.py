@@ -69,7 +69,8 @@ def load_weight_tile(
     """W[n0 : n0 + BLOCK_N, k0 : k0 + BLOCK_K] as DTYPE, zero outside.
 
     DECODE "any" takes every shape element by element. "asm" and "lut" want K to be a multiple of BLOCKSIZE, so that
-    rows are whole blocks; stride_wn is then the bytes and stride_sn the scales of a row. "asm" is NF4 on NVIDIA.
+    rows are whole blocks; stride_wn is then the bytes and stride_sn the scales of a row. "asm" is NF4 to
+    bfloat16 on NVIDIA.
     """
     n = tl.arange(0, BLOCK_N)
     if DECODE == "any":

@@ -13,8 +13,8 @@ from .triton_kernels import fused_backward, fused_forward
 _N, _K = 14336, 4096
 
 
-def _forward(rows: int, **weight: object) -> None:
-    x, bias = torch.empty(rows, _K, dtype=torch.bfloat16), torch.empty(_N, dtype=torch.bfloat16)
+def _forward(rows: int, dtype: torch.dtype = torch.bfloat16, **weight: object) -> None:
+    x, bias = torch.empty(rows, _K, dtype=dtype), torch.empty(_N, dtype=dtype)
     fused_forward(x, meta_weight(_N, _K, **weight), bias, None)  # type: ignore[arg-type]
 
 
@@ -30,5 +30,6 @@ def cases() -> Iterator[Case]:
         yield Case(f"backward M={rows} bf16 nested", rows, lambda rows=rows: _backward(rows))
     yield Case("forward M=1 bf16 plain", 1, lambda: _forward(1, nested=False))
     yield Case("forward M=1 bf16 fp4 nested", 1, lambda: _forward(1, quant_type="fp4"))
+    yield Case("forward M=64 fp16 nested", 64, lambda: _forward(64, torch.float16))
     yield Case("forward M=1 bf16 any", 1, lambda: _forward(1, nested=False, blocksize=8192))
     yield Case("backward M=1 bf16 any", 1, lambda: _backward(1, nested=False, blocksize=8192))

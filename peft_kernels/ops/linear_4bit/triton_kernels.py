@@ -18,7 +18,7 @@ from .triton_gemm import _linear_4bit_bwd_kernel, _linear_4bit_fwd_kernel
 
 # The most rows that the fused kernels serve; beyond, the decode is a small part of a large GEMM. Predictions: none of
 # these rows was measured yet. NVIDIA's 512 is where decode + cuBLAS is known to win on H100; without the byte-permute
-# decode (AMD, FP4, blocks that straddle rows) the fused kernels pay twice the instructions.
+# decode (AMD, FP4, float16, blocks that straddle rows) the fused kernels pay twice the instructions.
 _CROSSOVER = {"byte permute": 512, "table": 128}
 
 
@@ -70,7 +70,7 @@ def backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
 
 def fused(x: torch.Tensor, weight: Weight4bit) -> bool:
     """Whether the fused kernels run: float32 has no tensor cores worth decoding for."""
-    kind = "byte permute" if _decode_kind(weight, target(x.device)) == "asm" else "table"
+    kind = "byte permute" if _decode_kind(weight, x.dtype, target(x.device)) == "asm" else "table"
     return x.dtype != torch.float32 and x.shape[0] <= _CROSSOVER[kind]
 
 
@@ -96,11 +96,11 @@ def fused_forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None
         k_per_split=k_per_split,
         stride_xm=x.stride(0),
         **{name: arguments[name] for name in arguments.keys() - _DROPOUT_ARGUMENTS},
-        **_weight_arguments(weight, on),
+        **_weight_arguments(weight, x.dtype, on),
         HAS_BIAS=bias is not None,
         HAS_LORA=term is not None,
         M=m,
-        **_tile_arguments(tile, weight, on),
+        **_tile_arguments(tile, weight, x.dtype, on),
     )
     return y if splits == 1 else sum_planes(planes, y)
 
@@ -124,10 +124,10 @@ def fused_backward(dy: torch.Tensor, weight: Weight4bit, term: LowRank | None) -
         n_per_split=n_per_split,
         stride_ym=dy.stride(0),
         **(NO_LOW_RANK if term is None else term.arguments(dy.dtype)),
-        **_weight_arguments(weight, on),
+        **_weight_arguments(weight, dy.dtype, on),
         HAS_LORA=term is not None,
         M=m,
-        **_tile_arguments(tile, weight, on),
+        **_tile_arguments(tile, weight, dy.dtype, on),
     )
     return dx if splits == 1 else sum_planes(planes, dx)
 
@@ -155,14 +155,15 @@ def decode(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
 _DROPOUT_ARGUMENTS = {"seed_ptr", "threshold", "inverse_keep", "DROPOUT"}
 
 
-def _decode_kind(weight: Weight4bit, on: Target) -> str:
-    """How a tile is decoded; see `load_weight_tile`."""
+def _decode_kind(weight: Weight4bit, dtype: torch.dtype, on: Target) -> str:
+    """How a tile is decoded; see `load_weight_tile`. The byte permute's float16 codes are too coarse for float16."""
     if weight.shape[1] % weight.blocksize:
         return "any"
-    return "asm" if weight.quant_type == "nf4" and on.kind == "cuda" and not interpreting() else "lut"
+    permute = weight.quant_type == "nf4" and dtype == torch.bfloat16 and on.kind == "cuda" and not interpreting()
+    return "asm" if permute else "lut"
 
 
-def _weight_arguments(weight: Weight4bit, on: Target) -> dict[str, Any]:
+def _weight_arguments(weight: Weight4bit, dtype: torch.dtype, on: Target) -> dict[str, Any]:
     n, k = weight.shape
     return {
         **statistics(weight),
@@ -170,7 +171,7 @@ def _weight_arguments(weight: Weight4bit, on: Target) -> dict[str, Any]:
         "K": k,
         "stride_wn": k // 2,
         "stride_sn": k // weight.blocksize,
-        "DECODE": _decode_kind(weight, on),
+        "DECODE": _decode_kind(weight, dtype, on),
         "enable_fp_fusion": False,
     }
 
@@ -179,9 +180,9 @@ def _tile(table: dict[int, _Tile], m: int) -> _Tile:
     return next((tile for rows, tile in table.items() if m <= rows), table[max(table)])
 
 
-def _tile_arguments(tile: _Tile, weight: Weight4bit, on: Target) -> dict[str, Any]:
+def _tile_arguments(tile: _Tile, weight: Weight4bit, dtype: torch.dtype, on: Target) -> dict[str, Any]:
     num_stages = 2 if on.kind == "hip" else tile.num_stages  # 64 KiB of shared memory there
-    if _decode_kind(weight, on) == "any":
+    if _decode_kind(weight, dtype, on) == "any":
         num_stages = 1  # it would stage a scale for every element
     return {
         "BLOCK_M": tile.block_m,
