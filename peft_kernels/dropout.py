@@ -28,8 +28,8 @@ def scale_mask(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.T
     m = torch.arange(rows, device=device, dtype=torch.int64)[:, None].expand_as(k)
     counter = [k, m, torch.zeros_like(k), torch.zeros_like(k)]
     words = _philox(counter, [seed & _MASK32, (seed >> 32) & _MASK32])
-    words = torch.stack(words, dim=-1).reshape(rows, -1)[:, :columns]
-    keep = words >= int(p * 2**32)
+    row_major = torch.stack(words, dim=-1).reshape(rows, -1)[:, :columns]
+    keep = row_major >= int(p * 2**32)
     return keep.to(torch.float64) / (1 - p if p < 1 else 1)
 
 

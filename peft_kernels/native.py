@@ -31,6 +31,13 @@ def load() -> ModuleType | None:
     return _module
 
 
+def core() -> ModuleType:
+    """The native module, for callers whose backend was chosen: `why_not` is None."""
+    module = load()
+    assert module is not None, _reason
+    return module
+
+
 def why_not() -> str | None:
     """None when the native core is usable, else why it is not and what to do about it."""
     return None if load() is not None else _reason

@@ -201,7 +201,7 @@ class Weight4bit:
     def from_parts(cls, parts: list[torch.Tensor], meta: list[int]) -> Weight4bit:
         """The inverse of `parts()` and `meta()`."""
         n, k, blocksize, quant_type, nested_blocksize, dtype = meta
-        nested = Nested(*parts[2:], nested_blocksize) if nested_blocksize else None
+        nested = Nested(parts[2], parts[3], parts[4], nested_blocksize) if nested_blocksize else None
         # built without __init__, at a third of its cost: the parts were checked when the weight was first made
         weight = object.__new__(cls)
         weight.__dict__.update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,13 @@ def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None
 
 def fused_forward(m: int, dtype: torch.dtype, weight: Weight4bit) -> bool:
     """Whether the fused forward kernel runs at m rows: wherever it can, it is the faster one (bench/results)."""
-    supported = native.load().linear_4bit_forward_supported
+    supported = native.core().linear_4bit_forward_supported
     return supported(native.dtype_code(dtype), m, weight.shape[1], weight.blocksize)
 
 
 def fused_backward(m: int, dtype: torch.dtype, weight: Weight4bit) -> bool:
     """Whether the fused backward kernel runs at m rows; as above."""
-    supported = native.load().linear_4bit_backward_supported
+    supported = native.core().linear_4bit_backward_supported
     return supported(native.dtype_code(dtype), m, weight.shape[1], weight.blocksize)
 
 
@@ -53,7 +54,7 @@ def forward_fused(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None
     x = row_major(x)
     m, n = x.shape[0], weight.shape[0]
     y = x.new_empty((m, n))
-    native.load().linear_4bit_forward(
+    native.core().linear_4bit_forward(
         x.data_ptr(),
         native.dtype_code(x.dtype),
         m,
@@ -73,7 +74,7 @@ def backward_fused(dy: torch.Tensor, weight: Weight4bit, terms: list[Term]) -> t
     dy = row_major(dy)
     m, k = dy.shape[0], weight.shape[1]
     dx = dy.new_empty((m, k))
-    native.load().linear_4bit_backward(
+    native.core().linear_4bit_backward(
         dy.data_ptr(),
         native.dtype_code(dy.dtype),
         m,
@@ -93,7 +94,7 @@ def row_major(x: torch.Tensor) -> torch.Tensor:
 
 def decode(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
     """W in a scratch that the thread's next call overwrites: fresh pages would cost more than the decode itself."""
-    buffers: dict[torch.dtype, torch.Tensor] = _scratch.__dict__
+    buffers: dict[Any, torch.Tensor] = _scratch.__dict__
     numel = weight.shape[0] * weight.shape[1]
     buffer = buffers.get(dtype)
     if buffer is None or buffer.numel() < numel:

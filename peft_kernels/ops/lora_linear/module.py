@@ -24,6 +24,9 @@ class LoRALinear(nn.Module):
         r, lora_alpha, lora_dropout, use_rslora, lora_bias, adapter_name: the first adapter, as in `add_adapter`.
     """
 
+    lora_A: Any  # an nn.ModuleDict of nn.Linear: torch's annotations cannot say so
+    lora_B: Any
+
     def __init__(
         self,
         base_layer: nn.Linear | Linear4bit,
@@ -134,7 +137,9 @@ class LoRALinear(nn.Module):
         else:
             weight.copy_(weight.float() + delta)
         if b.bias is not None:
-            self.base_layer.bias += (b.bias * (sign * self.scaling[name])).to(self.base_layer.bias.dtype)
+            bias = self.base_layer.bias
+            assert bias is not None  # checked above
+            bias.add_((b.bias * (sign * self.scaling[name])).to(bias.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N)."""

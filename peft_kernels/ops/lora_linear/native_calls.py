@@ -44,11 +44,11 @@ def forward(
         return base.forward_fused(x, weight, bias, terms), s
     w = base.decode(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
     y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
-    terms = [
+    added = [
         (s_i.data_ptr(), rank, b.data_ptr(), native.dtype_code(b.dtype), True, b.shape[1], scale, 0.0, 0)
         for s_i, b, scale in zip(columns, right, scaling, strict=True)
     ]
-    _expand_add(y, terms)
+    _expand_add(y, added)
     return y, s
 
 
@@ -130,7 +130,7 @@ def _seeds(seeds: torch.Tensor | None, lora_A: Sequence[torch.Tensor]) -> list[i
 def _shrink(x: torch.Tensor, p: torch.Tensor, p_is_kr: bool, alpha: float, drop: float, seed: int, s: torch.Tensor):
     """s (M, r) = alpha * drop(x) P^T."""
     rank = p.shape[1] if p_is_kr else p.shape[0]
-    native.load().lora_shrink(
+    native.core().lora_shrink(
         x.data_ptr(),
         native.dtype_code(x.dtype),
         *x.shape,
@@ -152,7 +152,7 @@ def _wgrad(
 ) -> torch.Tensor:
     """alpha * drop(x)^T P, shaped and typed like the parameter it is the gradient of."""
     out = torch.empty(like.shape, dtype=like.dtype)
-    native.load().lora_wgrad(
+    native.core().lora_wgrad(
         x.data_ptr(),
         native.dtype_code(x.dtype),
         *x.shape,
@@ -172,4 +172,4 @@ def _wgrad(
 
 def _expand_add(out: torch.Tensor, terms: list[tuple]) -> None:
     """out += sum of alpha * mask * (S P), rounded once."""
-    native.load().lora_expand_add(out.data_ptr(), native.dtype_code(out.dtype), *out.shape, out.stride(0), terms)
+    native.core().lora_expand_add(out.data_ptr(), native.dtype_code(out.dtype), *out.shape, out.stride(0), terms)

@@ -44,6 +44,6 @@ def with_seeds(
         dropped = x
         if seeds is not None and p > 0:
             rows = x.reshape(-1, x.shape[-1])
-            dropped = x * scale_mask(seeds[i], *rows.shape, p).view_as(x).to(x.dtype)
+            dropped = x * scale_mask(seeds[i], rows.shape[0], rows.shape[1], p).view_as(x).to(x.dtype)
         y = y + F.linear(F.linear(dropped.to(a.dtype), a), b.to(a.dtype), lora_bias) * s
     return y.to(x.dtype)

@@ -25,7 +25,7 @@ def quantize(flat: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-n // blocksize), dtype=torch.float32)
-    native.load().quantize_4bit(
+    native.core().quantize_4bit(
         flat.data_ptr(),
         native.dtype_code(flat.dtype),
         n,
@@ -43,7 +43,7 @@ def quantize_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     code = dynamic_map(absmax.device)
     codes = torch.empty(n, dtype=torch.uint8)
     absmax2 = torch.empty(-(-n // NESTED_BLOCKSIZE), dtype=torch.float32)
-    native.load().quantize_nested(
+    native.core().quantize_nested(
         absmax.data_ptr(),
         n,
         offset.data_ptr(),
@@ -61,7 +61,7 @@ def native_weight(weight: Weight4bit) -> object:
     pointers = (
         (0, 0, 0) if nested is None else tuple(t.data_ptr() for t in (nested.absmax2, nested.code, nested.offset))
     )
-    return native.load().Weight4(
+    return native.core().Weight4(
         weight.packed.data_ptr(),
         weight.absmax.data_ptr(),
         *pointers,
@@ -76,5 +76,5 @@ def dequantize(weight: Weight4bit, dtype: torch.dtype, out: torch.Tensor | None 
     """W (N, K) of dtype, into `out` (a contiguous tensor of N * K elements) where given."""
     n, k = weight.shape
     out = torch.empty((n, k), dtype=dtype) if out is None else out
-    native.load().dequantize_4bit(native_weight(weight), 0, n * k, out.data_ptr(), native.dtype_code(dtype))
+    native.core().dequantize_4bit(native_weight(weight), 0, n * k, out.data_ptr(), native.dtype_code(dtype))
     return out
