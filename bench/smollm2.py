@@ -22,6 +22,7 @@ import torch
 import peft_kernels as pk
 from peft_kernels.testing import BUDGET, assert_within_budget, error
 
+from . import memory
 from .peers import bnb, missing
 from .shapes import RANK
 from .work import OURS, PEER_TOLERANCE, PEFT_BNB, Work
@@ -203,7 +204,7 @@ def training_step(seq: int, batch: int, steps: int) -> Work:
 
 def peak_memory(name: str, seq: int, batch: int) -> int | None:
     """The peak resident set in bytes of a fresh process that makes two steps; None where Linux's /proc is missing."""
-    if not Path("/proc/self/clear_refs").exists():
+    if not memory.measurable():
         return None
     command = [sys.executable, "-m", "bench.smollm2", name, str(seq), str(batch)]
     root = Path(__file__).resolve().parent.parent
@@ -215,18 +216,12 @@ def peak_memory(name: str, seq: int, batch: int) -> int | None:
 
 def _main(name: str, seq: int, batch: int) -> None:
     """Print the peak resident set of two steps, in bytes; what loading took does not count."""
-    import ctypes
-    import gc
-
     model, tokenizer = load_smollm2()
     step = Trainer(MODELS[name](model), list(islice(text_batches(tokenizer, seq, batch), 2)))
     del model
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    memory.forget_peak()
     step.curve(2)
-    status = Path("/proc/self/status").read_text()
-    print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+    print(memory.peak())
 
 
 if __name__ == "__main__":
