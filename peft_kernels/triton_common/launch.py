@@ -60,7 +60,9 @@ def _device_target(index: int) -> Target:
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **kwargs: Any) -> None:
     """Run `kernel` over `grid` on `device`; kwargs are its arguments and num_warps, num_stages, enable_fp_fusion."""
     if _recording is not None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in kwargs}
+        options: dict[str, Any] = {
+            name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in kwargs
+        }
         _recording[1].append(Launch(kernel, grid, kwargs, options))
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

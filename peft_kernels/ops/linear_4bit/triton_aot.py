@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -26,8 +27,8 @@ def _backward(rows: int, **weight: object) -> None:
 def cases() -> Iterator[Case]:
     """Every tile with nested statistics; plain ones, FP4 and straddling blocks once."""
     for rows in (1, 32, 64, 256):
-        yield Case(f"forward M={rows} bf16 nested", rows, lambda rows=rows: _forward(rows))
-        yield Case(f"backward M={rows} bf16 nested", rows, lambda rows=rows: _backward(rows))
+        yield Case(f"forward M={rows} bf16 nested", rows, partial(_forward, rows))
+        yield Case(f"backward M={rows} bf16 nested", rows, partial(_backward, rows))
     yield Case("forward M=1 bf16 plain", 1, lambda: _forward(1, nested=False))
     yield Case("forward M=1 bf16 fp4 nested", 1, lambda: _forward(1, quant_type="fp4"))
     yield Case("forward M=64 fp16 nested", 64, lambda: _forward(64, torch.float16))

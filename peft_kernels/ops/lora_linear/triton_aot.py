@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -70,5 +71,5 @@ def cases() -> Iterator[Case]:
     yield Case("seeded M=8192 bf16", 8192, lambda: _seeded(8192, bf16, 0.0))
     yield Case("seeded M=8192 fp32 dropout", 8192, lambda: _seeded(8192, fp32, 0.1))
     for rows in (1, 64):
-        yield Case(f"fused M={rows} bf16", rows, lambda rows=rows: _fused(rows, bf16, 0.0))
+        yield Case(f"fused M={rows} bf16", rows, partial(_fused, rows, bf16, 0.0))
     yield Case("fused M=256 fp32 dropout", 256, lambda: _fused(256, fp32, 0.1))
