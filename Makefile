@@ -11,7 +11,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 export PEFT_KERNELS_BUILD ?= cpu
 
-.PHONY: demo test lint bench build clean
+.PHONY: demo test lint bench build sanitize clean
 
 demo: build
 	$(PY) -m bench.demo
@@ -29,6 +29,19 @@ bench: build
 	$(PY) -m bench
 
 build: .venv/built
+
+# The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer. libstdc++ is loaded early because
+# Python is not linked with it and the sanitizer looks for its exceptions at start; `pythonpath=` keeps the checkout's
+# own build out.
+SANITIZE := build/sanitize
+sanitize: .venv/installed
+	PEFT_KERNELS_BUILD=cpu LDFLAGS="-fsanitize=address,undefined" \
+	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv -g1" \
+	$(PY) setup.py --quiet build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
+	cd $(SANITIZE)/lib && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	$(CURDIR)/$(PY) -m pytest -q -p no:cacheprovider -o pythonpath= -k "not bitsandbytes" \
+	$(addprefix $(CURDIR)/,$(wildcard tests/test_native_*.py)) $(PYTEST)
 
 clean:
 	rm -rf .venv build peft_kernels.egg-info peft_kernels/_native*.so
