@@ -17,6 +17,7 @@ RUN_BY = {
     "make demo": ("tests/test_demo.py", "bench.demo"),
     "make test": (".ci/run", "make test"),
     "make lint": (".ci/run", "make lint"),
+    "make sanitize": (".ci/run", "make sanitize"),
     "make bench": ("bench/test_bench.py", '"-m", "bench"'),
     "python -m bench --readme": ("bench/test_bench.py", "readme.updated"),
     "make clean": ("tests/test_readme.py", "def test_make_clean"),
