@@ -13,7 +13,7 @@ from torch import nn
 from .. import dispatch
 from ..functional import linear_4bit
 from ..weight4bit import Weight4bit
-from .replace import Undo
+from .replace import FOUR_BIT, Undo
 
 
 class _View:
@@ -78,7 +78,7 @@ class FusedForward:
         if isinstance(weight, str) or not x.is_floating_point():
             return self._forward_of_bitsandbytes(x, weight)
         dtype, device, compute = x.dtype, x.device.type, self._compute_dtype_for(x)
-        bias = self._parameters["bias"]
+        bias = self.bias
         if compute is not dtype:
             x = x.to(compute)
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not compute:
@@ -93,7 +93,9 @@ class FusedForward:
         if dispatch.recording():
             why = f"its {reason}" if isinstance(reason, str) else f"x is {x.dtype}"
             dispatch.note(f"Linear4bit: left to bitsandbytes: {why}", final=True)
-        repacks = self.__dict__.get("support_avx512bf16_for_cpu", False)
+        repacks = getattr(self, "support_avx512bf16_for_cpu", None)  # None: a version that does not know of it
+        if not repacks:
+            return super().forward(x)  # type: ignore[misc]
         self.support_avx512bf16_for_cpu = False
         try:
             return super().forward(x)  # type: ignore[misc]
@@ -102,7 +104,7 @@ class FusedForward:
 
     def _weight4bit(self: Any) -> Weight4bit | str:
         """The weight, sharing bitsandbytes' memory, or why it cannot be read; kept until the parameter changes."""
-        view, param = self._weight_view, self._parameters["weight"]
+        view, param = self._weight_view, self._parameters.get("weight")
         if view is not None and view.param is param:
             state = view.state
             same = state is param.quant_state and state.absmax is view.absmax
@@ -141,7 +143,8 @@ class FusedLinearFP4(FusedForward, bnb.nn.LinearFP4):
 
 
 # PEFT and transformers compare the class's name with "Linear4bit"; pickle uses the qualified name, which stays.
-for _cls in (FusedLinear4bit, FusedLinearNF4, FusedLinearFP4):
+FOUR_BIT |= {FusedLinear4bit, FusedLinearNF4, FusedLinearFP4}
+for _cls in FOUR_BIT:
     _cls.__name__ = _cls.__name__.removeprefix("Fused")
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import dispatch
 from ..functional import lora_linear
-from .replace import Undo, why_base_not
+from .replace import FOUR_BIT, Undo, why_base_not
 
 _PLAIN = (torch.Tensor, nn.Parameter)  # not DTensor, not a quantized or otherwise wrapped tensor
 
@@ -152,10 +152,9 @@ def _dense(base: Any, x: torch.Tensor) -> Any:
 
 def _four_bit(base: Any, x: torch.Tensor, lora_A: tuple[torch.Tensor, ...]) -> Any:
     """x in the compute dtype, the Weight4bit, and x's dtype, in which bitsandbytes returns its result."""
-    weight4bit = getattr(type(base), "_weight4bit", None)
-    if weight4bit is None:
+    if type(base) not in FOUR_BIT:
         return f"the base layer is a {type(base).__name__} that replace_layers has not seen"
-    weight = weight4bit(base)
+    weight = base._weight4bit()
     if isinstance(weight, str):
         return f"the base layer's {weight}"
     dtype, compute, device = x.dtype, base._compute_dtype_for(x), x.device.type

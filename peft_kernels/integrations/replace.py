@@ -26,6 +26,9 @@ REGISTRY: dict[str, tuple[str, str]] = {
     "bitsandbytes.nn.modules.LinearFP4": ("bitsandbytes", "FusedLinearFP4"),
 }
 
+# The fused 4-bit layers, exactly (not subclasses of them): what a LoRA layer may read the weight of.
+FOUR_BIT: set[type] = set()
+
 Filter = str | Callable[[str, nn.Module], bool]
 Undo = Callable[[], None]
 
@@ -133,7 +136,7 @@ class _NoKernel:
 def why_base_not(base: nn.Module) -> str | None:
     """Why a LoRA layer's base layer cannot be served, or None if it can."""
     fused = _fused_class(base)
-    if fused is _NoKernel or not hasattr(fused, "_weight4bit"):
+    if fused not in FOUR_BIT:
         return f"its base layer is of class {_qualified(type(base))}, which has no kernel"
     return fused.why_not(base)
 

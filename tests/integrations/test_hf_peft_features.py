@@ -111,12 +111,9 @@ def test_adapter_this_layer_lacks(kind):
 def test_mixed_batch(kind):
     model, _, stock = replaced(kind, adapters=("one", "two"))
     names = ["two", "__base__", "one", "two", "one"]
-    outputs = []
-    for m in (model, stock):
-        m.eval()
-        with torch.no_grad():
-            outputs.append(m(inputs(), adapter_names=names))
-    close(*outputs, BF16)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            close(model.eval()(inputs(), adapter_names=names), stock.eval()(inputs(), adapter_names=names), BF16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
