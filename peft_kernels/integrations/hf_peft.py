@@ -46,10 +46,9 @@ class FusedLoRA:
         """x (..., K) -> (..., N), with the casts, the dropout and the adapters that PEFT's forward would use."""
         call = _gather(self, x) if not (args or kwargs) else f"it was given arguments besides x ({', '.join(kwargs)})"
         if isinstance(call, str):
-            if (
-                dispatch.recording()
-            ):  # PEFT would unmerge a merged layer whose adapters are disabled: say it, stop there
-                dispatch.note(f"{type(self).__bases__[-1].__qualname__}: left to PEFT: {call}", final=self.merged)
+            if dispatch.recording():
+                mutates = self.merged and self.disable_adapters  # PEFT would unmerge it: explaining must stop here
+                dispatch.note(f"{type(self).__bases__[-1].__qualname__}: left to PEFT: {call}", final=mutates)
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         x, weight, bias, lora_A, lora_B, scaling, lora_bias, dropout_p, out_dtype = call
         y = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, lora_bias=lora_bias, dropout_p=dropout_p)
