@@ -63,15 +63,15 @@ void check_dropout(const char* function, double p, int64_t rows, int64_t columns
 
 // Panels of P for `shrink`: P itself when few rows would not repay a copy, else where to pack it.
 ShrinkPanels plan_panels(const LoraKernels& kernel, const Matrix& x, int64_t M, int64_t K, const Matrix& p,
-                         bool p_is_kr, int64_t r, bool dropout, bool* packed) {
+                         bool p_is_kr, int64_t r, bool dropout) {
   const bool pairs = kernel.multiplies_bf16 && x.dtype == DType::BF16 && p.dtype == DType::BF16 && !dropout;
-  *packed = M > kernel.direct_rows || p_is_kr || (p.dtype != DType::F32 && !pairs);
-  if (!*packed) return {p.data, p.dtype, false, K, 0, p.ld};
+  const bool packed = M > kernel.direct_rows || p_is_kr || (p.dtype != DType::F32 && !pairs);
+  if (!packed) return {p.data, p.dtype, false, false, K, 0, p.ld};
   const DType dtype = pairs ? DType::BF16 : DType::F32;
   const bool split = kernel.splits_bf16 && x.dtype == DType::BF16 && !dropout && !pairs;
   const int64_t block_k = kPanelBytes / dtype_size(dtype);
   void* panels = lora_scratch(0, size_t(ceil_div(K, block_k)) * r * kPanelBytes);
-  return {panels, dtype, split, block_k, r * block_k, block_k};
+  return {panels, dtype, true, split, block_k, r * block_k, block_k};
 }
 
 struct AlignedBuffer {
@@ -109,15 +109,14 @@ void lora_shrink(const Matrix& x, int64_t M, int64_t K, const Matrix& p, bool p_
     return;
   }
   const LoraKernels& kernel = kernels();
-  bool packed;
-  const ShrinkPanels panels = plan_panels(kernel, x, M, K, p, p_is_kr, r, dropout.active(), &packed);
+  const ShrinkPanels panels = plan_panels(kernel, x, M, K, p, p_is_kr, r, dropout.active());
   const int64_t flops = M * K * (2 * r + (dropout.active() ? kDropoutFlops : 0)) + K * r * kParameterFlops;
   const int threads = threads_for(flops, kFlopsPerThread);
   // Any cut gives the same sums: each is over all of K, in one order.
   const int64_t blocks = threads * ceil_div(M, threads * kShrinkRows), rows = round_up(ceil_div(M, blocks), 3);
-  const int64_t ranks = packed || dropout.active() ? kShrinkRanks : 8;
+  const int64_t ranks = panels.packed || dropout.active() ? kShrinkRanks : 8;
   const int64_t row_items = ceil_div(M, rows), items = row_items * ceil_div(r, ranks);
-  const int64_t k_blocks = packed ? ceil_div(K, panels.block_k) : 0;
+  const int64_t k_blocks = panels.packed ? ceil_div(K, panels.block_k) : 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)

@@ -4,6 +4,6 @@
 
 namespace peft_kernels {
 
-const LoraKernels kLoraAvx512 = {true, false, 6, pack_panel, shrink, wgrad, wgrad_store, expand_add, dropout_rows};
+const LoraKernels kLoraAvx512 = {true, false, 48, pack_panel, shrink, wgrad, wgrad_store, expand_add, dropout_rows};
 
 }  // namespace peft_kernels

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "cpu/lora_kernels.h"
 #include "cpu/philox.h"
 
@@ -19,34 +21,34 @@ inline __mmask32 first_lanes(int64_t n) { return n >= 32 ? ~__mmask32(0) : (__mm
 
 // How 32 consecutive elements of x become two float32 vectors. The masked form reads nothing past the mask.
 struct LoadF32 {
+  static constexpr DType kDtype = DType::F32;
   using type = float;
   static constexpr bool kSplit = false;
-  static Pair load(const float* x) { return {{_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)}}; }
+  static __m512 half(const float* x, int h) { return _mm512_loadu_ps(x + 16 * h); }
   static Pair load(const float* x, __mmask32 m) {
     return {{_mm512_maskz_loadu_ps(__mmask16(m), x), _mm512_maskz_loadu_ps(__mmask16(m >> 16), x + 16)}};
   }
 };
 
 struct LoadF16 {
+  static constexpr DType kDtype = DType::F16;
   using type = uint16_t;
   static constexpr bool kSplit = false;
   static Pair widen(__m512i raw) {
     return {{_mm512_cvtph_ps(_mm512_castsi512_si256(raw)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw, 1))}};
   }
-  static Pair load(const uint16_t* x) {
-    return {{_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x)),
-             _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(x + 16)))}};
+  static __m512 half(const uint16_t* x, int h) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(x + 16 * h)));
   }
   static Pair load(const uint16_t* x, __mmask32 m) { return widen(_mm512_maskz_loadu_epi16(m, x)); }
 };
 
 struct LoadBf16 {
+  static constexpr DType kDtype = DType::BF16;
   using type = uint16_t;
   static constexpr bool kSplit = false;
   static __m512 widen(__m256i raw) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)); }
-  static Pair load(const uint16_t* x) {
-    return {{widen(_mm256_loadu_si256((const __m256i*)x)), widen(_mm256_loadu_si256((const __m256i*)(x + 16)))}};
-  }
+  static __m512 half(const uint16_t* x, int h) { return widen(_mm256_loadu_si256((const __m256i*)(x + 16 * h))); }
   static Pair load(const uint16_t* x, __mmask32 m) {
     const __m512i raw = _mm512_maskz_loadu_epi16(m, x);
     return {{widen(_mm512_castsi512_si256(raw)), widen(_mm512_extracti64x4_epi64(raw, 1))}};
@@ -57,13 +59,21 @@ struct LoadBf16 {
 struct LoadBf16Split {
   using type = uint16_t;
   static constexpr bool kSplit = true;
-  static Pair widen(__m512i raw) {
-    return {{_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)),
-             _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(int(0xFFFF0000u))))}};
+  static __m512 widen(__m512i raw, int h) {
+    return _mm512_castsi512_ps(h ? _mm512_and_si512(raw, _mm512_set1_epi32(int(0xFFFF0000u)))
+                                 : _mm512_slli_epi32(raw, 16));
   }
-  static Pair load(const uint16_t* x) { return widen(_mm512_loadu_si512(x)); }
-  static Pair load(const uint16_t* x, __mmask32 m) { return widen(_mm512_maskz_loadu_epi16(m, x)); }
+  static __m512 half(const uint16_t* x, int h) { return widen(_mm512_loadu_si512(x), h); }
+  static Pair load(const uint16_t* x, __mmask32 m) {
+    const __m512i raw = _mm512_maskz_loadu_epi16(m, x);
+    return {{widen(raw, 0), widen(raw, 1)}};
+  }
 };
+
+template <class Loader>
+inline Pair load32(const typename Loader::type* x) {
+  return {{Loader::half(x, 0), Loader::half(x, 1)}};
+}
 
 inline Pair interleave(Pair split) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -78,13 +88,12 @@ inline Pair deinterleave(Pair natural) {
            _mm512_permutex2var_ps(natural.v[0], odd, natural.v[1])}};
 }
 
-// Calls f(loader) for x's dtype, `split` choosing the bf16 loader.
-template <class F>
-inline void with_loader(DType dtype, bool split, F&& f) {
+// Calls f(loader) for the dtype.
+template <class Bf16Loader, class F>
+inline void with_loader(DType dtype, F&& f) {
   if (dtype == DType::F32) return f(LoadF32{});
   if (dtype == DType::F16) return f(LoadF16{});
-  if (split) return f(LoadBf16Split{});
-  f(LoadBf16{});
+  f(Bf16Loader{});
 }
 
 inline __m512 load16(const void* data, DType dtype, int64_t index) {
@@ -124,6 +133,17 @@ inline void store16(void* data, DType dtype, int64_t index, __m512 v, __mmask16 
   m == 0xFFFF ? _mm256_storeu_si256((__m256i*)to, raw) : _mm256_mask_storeu_epi16(to, m, raw);
 }
 
+template <class Loader>
+inline void store32(typename Loader::type* to, Pair v) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same<Loader, LoadBf16>::value) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(v.v[1], v.v[0]));
+    return;
+  }
+#endif
+  for (int half = 0; half < 2; ++half) store16(to, Loader::kDtype, 16 * half, v.v[half], 0xFFFF);
+}
+
 inline void transpose16(__m512 (&r)[16]) {
   __m512 t[16];
   for (int i = 0; i < 16; i += 4) {
@@ -148,7 +168,7 @@ inline void transpose16(__m512 (&r)[16]) {
 
 // to[row][col] = scale * from[row0 + row, col0 + col] in float32; columns zero-filled to a multiple of 32.
 inline void copy_block(const Matrix& from, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float scale,
-                       bool split, float* to, int64_t ldto) {
+                       float* to, int64_t ldto) {
   const __m512 factor = _mm512_set1_ps(scale);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t col = 0; col < cols; col += 32) {
@@ -156,7 +176,6 @@ inline void copy_block(const Matrix& from, int64_t row0, int64_t rows, int64_t c
       const int64_t index = (row0 + row) * from.ld + col0 + col;
       Pair pair = {{load16(from.data, from.dtype, index, __mmask16(m)),
                     load16(from.data, from.dtype, index + 16, __mmask16(m >> 16))}};
-      if (split) pair = deinterleave(pair);
       _mm512_storeu_ps(to + row * ldto + col, _mm512_mul_ps(pair.v[0], factor));
       _mm512_storeu_ps(to + row * ldto + col + 16, _mm512_mul_ps(pair.v[1], factor));
     }

@@ -12,32 +12,26 @@ template <class Loader>
 struct Float32Step {
   using x_type = typename Loader::type;
   using p_type = float;
-  using x_vector = Pair;
   static constexpr int kHalves = 2;
-  static x_vector load(const x_type* x) { return Loader::load(x); }
-  static x_vector load(const x_type* x, __mmask32 m) { return Loader::load(x, m); }
+  static __m512 load(const x_type* x, int half) { return Loader::half(x, half); }
+  static __m512 load(const x_type* x, int half, __mmask32 m) { return Loader::load(x, m).v[half]; }
   static __m512 load_p(const float* p, int half) { return _mm512_loadu_ps(p + 16 * half); }
-  static __m512 load_p(const float* p, int half, __mmask32 m) {  // split panels are zero-filled, and permuted
-    return Loader::kSplit ? load_p(p, half) : _mm512_maskz_loadu_ps(__mmask16(m >> (16 * half)), p + 16 * half);
+  static __m512 load_p(const float* p, int half, __mmask32 m) {
+    return _mm512_maskz_loadu_ps(__mmask16(m >> (16 * half)), p + 16 * half);
   }
-  static __m512 multiply_add(const x_vector& x, int half, __m512 p, __m512 c) {
-    return _mm512_fmadd_ps(x.v[half], p, c);
-  }
+  static __m512 multiply_add(__m512 x, __m512 p, __m512 c) { return _mm512_fmadd_ps(x, p, c); }
 };
 
 #ifdef __AVX512BF16__
 struct Bf16Step {  // the products of bf16 are exact in vdpbf16ps, which adds them in float32 at twice the FMA rate
   using x_type = uint16_t;
   using p_type = uint16_t;
-  using x_vector = __m512i;
   static constexpr int kHalves = 1;
-  static x_vector load(const uint16_t* x) { return _mm512_loadu_si512(x); }
-  static x_vector load(const uint16_t* x, __mmask32 m) { return _mm512_maskz_loadu_epi16(m, x); }
+  static __m512i load(const uint16_t* x, int) { return _mm512_loadu_si512(x); }
+  static __m512i load(const uint16_t* x, int, __mmask32 m) { return _mm512_maskz_loadu_epi16(m, x); }
   static __m512i load_p(const uint16_t* p, int) { return _mm512_loadu_si512(p); }
   static __m512i load_p(const uint16_t* p, int, __mmask32 m) { return _mm512_maskz_loadu_epi16(m, p); }
-  static __m512 multiply_add(__m512i x, int, __m512i p, __m512 c) {
-    return _mm512_dpbf16_ps(c, (__m512bh)x, (__m512bh)p);
-  }
+  static __m512 multiply_add(__m512i x, __m512i p, __m512 c) { return _mm512_dpbf16_ps(c, (__m512bh)x, (__m512bh)p); }
 };
 #endif
 
@@ -74,9 +68,13 @@ struct ShrinkBlock {  // one k block of one work item
   int64_t ldS;
 };
 
-template <class Step, int MR, int NR>
+// The asm in the loop keeps GCC 12 from reading each vector of P three times, as the memory operand of three FMAs (1.3
+// x slower: Zen 4 loads one vector a cycle), and from widening both halves of x at once (which spills accumulators).
+// kPacked: p is [k / 32][NR][32], one pointer with constant offsets; else rank j's columns start at p + j * ldp.
+template <class Step, int MR, int NR, bool kPacked>
 inline void shrink_tile(const ShrinkBlock& block, const typename Step::x_type* x, const typename Step::p_type* p,
                         float* partial, float* S) {
+  const int64_t rank_stride = kPacked ? 32 : block.ldp, step_stride = kPacked ? 32 * NR : 32;
   __m512 c[MR][NR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -84,31 +82,36 @@ inline void shrink_tile(const ShrinkBlock& block, const typename Step::x_type* x
     for (int j = 0; j < NR; ++j)
       c[i][j] = block.first ? _mm512_setzero_ps() : _mm512_loadu_ps(partial + (i * NR + j) * 16);
 
-  const int64_t whole = block.kn & ~int64_t(31);
-  for (int64_t k = 0; k < whole; k += 32) {
-    typename Step::x_vector v[MR];
+  int64_t k = 0;
+  for (; k + 32 <= block.kn; k += 32, p += step_stride) {
+#pragma GCC unroll 2
+    for (int half = 0; half < Step::kHalves; ++half) {
+      decltype(Step::load(x, 0)) v[MR];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) v[i] = Step::load(x + i * block.ldx + k);
+      for (int i = 0; i < MR; ++i) v[i] = Step::load(x + i * block.ldx + k, half);
+#pragma GCC unroll 8
+      for (int j = 0; j < NR; ++j) {
+        auto w = Step::load_p(p + j * rank_stride, half);
+        if (MR > 1) asm volatile("" : "+v"(w)::"memory");  // see above
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; ++i) c[i][j] = Step::multiply_add(v[i], w, c[i][j]);
+      }
+    }
+  }
+  if (k < block.kn) {
+    const __mmask32 m = first_lanes(block.kn - k);
 #pragma GCC unroll 2
     for (int half = 0; half < Step::kHalves; ++half)
 #pragma GCC unroll 8
-      for (int j = 0; j < NR; ++j) {
-        const auto w = Step::load_p(p + j * block.ldp + k, half);
+      for (int i = 0; i < MR; ++i) {
+        const auto v = Step::load(x + i * block.ldx + k, half, m);
 #pragma GCC unroll 8
-        for (int i = 0; i < MR; ++i) c[i][j] = Step::multiply_add(v[i], half, w, c[i][j]);
+        for (int j = 0; j < NR; ++j) {
+          const auto* from = p + j * rank_stride;  // packed columns are zero-filled, and perhaps permuted
+          const auto w = kPacked ? Step::load_p(from, half) : Step::load_p(from, half, m);
+          c[i][j] = Step::multiply_add(v, w, c[i][j]);
+        }
       }
-  }
-  if (whole < block.kn) {
-    const __mmask32 m = first_lanes(block.kn - whole);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const auto v = Step::load(x + i * block.ldx + whole, m);
-#pragma GCC unroll 2
-      for (int half = 0; half < Step::kHalves; ++half)
-#pragma GCC unroll 8
-        for (int j = 0; j < NR; ++j)
-          c[i][j] = Step::multiply_add(v, half, Step::load_p(p + j * block.ldp + whole, half, m), c[i][j]);
-    }
   }
 
 #pragma GCC unroll 8
@@ -122,29 +125,38 @@ inline void shrink_tile(const ShrinkBlock& block, const typename Step::x_type* x
   }
 }
 
-template <class Step, int NR>
+template <class Step, int NR, bool kPacked>
 void shrink_ranks(const ShrinkBlock& block, int64_t rows, const typename Step::x_type* x,
                   const typename Step::p_type* p, float* partial, float* S) {
   int64_t row = 0;
   for (; row + 3 <= rows; row += 3)
-    shrink_tile<Step, 3, NR>(block, x + row * block.ldx, p, partial + row * NR * 16, S + row * block.ldS);
+    shrink_tile<Step, 3, NR, kPacked>(block, x + row * block.ldx, p, partial + row * NR * 16, S + row * block.ldS);
   x += row * block.ldx, partial += row * NR * 16, S += row * block.ldS;
-  if (rows - row == 2) shrink_tile<Step, 2, NR>(block, x, p, partial, S);
-  if (rows - row == 1) shrink_tile<Step, 1, NR>(block, x, p, partial, S);
+  if (rows - row == 2) shrink_tile<Step, 2, NR, kPacked>(block, x, p, partial, S);
+  if (rows - row == 1) shrink_tile<Step, 1, NR, kPacked>(block, x, p, partial, S);
 }
 
-template <class Step>
+inline int64_t rank_group(int64_t left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+template <class Step, bool kPacked>
 void shrink_block(const ShrinkBlock& block, int64_t rows, int64_t ranks, const typename Step::x_type* x,
                   const typename Step::p_type* p, float* partial, float* S) {
   for (int64_t j = 0; j < ranks;) {
-    const int64_t left = ranks - j, count = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    const auto run = count == 8   ? shrink_ranks<Step, 8>
-                     : count == 4 ? shrink_ranks<Step, 4>
-                     : count == 2 ? shrink_ranks<Step, 2>
-                                  : shrink_ranks<Step, 1>;
+    const int64_t count = rank_group(ranks - j);
+    const auto run = count == 8   ? shrink_ranks<Step, 8, kPacked>
+                     : count == 4 ? shrink_ranks<Step, 4, kPacked>
+                     : count == 2 ? shrink_ranks<Step, 2, kPacked>
+                                  : shrink_ranks<Step, 1, kPacked>;
     run(block, rows, x, p + j * block.ldp, partial + j * rows * 16, S + j);
     j += count;
   }
+}
+
+template <class Step>
+void shrink_block(const ShrinkBlock& block, bool packed, int64_t rows, int64_t ranks, const void* x, const void* p,
+                  float* partial, float* S) {
+  const auto run = packed ? shrink_block<Step, true> : shrink_block<Step, false>;
+  run(block, rows, ranks, (const typename Step::x_type*)x, (const typename Step::p_type*)p, partial, S);
 }
 
 void shrink(const Matrix& x, const Dropout& dropout, int64_t m0, int64_t m1, int64_t K, const ShrinkPanels& panels,
@@ -156,57 +168,58 @@ void shrink(const Matrix& x, const Dropout& dropout, int64_t m0, int64_t m1, int
   S += m0 * ldS + j0;
   for (int64_t k0 = 0, b = 0; k0 < K; k0 += panels.block_k, ++b) {
     const int64_t kn = min64(panels.block_k, K - k0);
-    const int64_t offset = b * panels.block_stride + j0 * panels.ld;
+    const char* p = (const char*)panels.data + (b * panels.block_stride + j0 * panels.ld) * dtype_size(panels.dtype);
+    const char* from = (const char*)x.data + (m0 * x.ld + k0) * dtype_size(x.dtype);
     ShrinkBlock block = {x.ld, panels.ld, kn, k0 == 0, k0 + kn == K, alpha, ldS};
 #ifdef __AVX512BF16__
     if (panels.dtype == DType::BF16) {
-      shrink_block<Bf16Step>(block, rows, j1 - j0, (const uint16_t*)x.data + m0 * x.ld + k0,
-                             (const uint16_t*)panels.data + offset, partial, S);
+      shrink_block<Bf16Step>(block, panels.packed, rows, j1 - j0, from, p, partial, S);
       continue;
     }
 #endif
-    const float* p = (const float*)panels.data + offset;
     if (dropped) {
       for (int64_t i = 0; i < rows; ++i) load_dropped(x, dropout, m0 + i, k0, kn, dropped + i * ld_dropped);
       block.ldx = ld_dropped;
-      shrink_block<Float32Step<LoadF32>>(block, rows, j1 - j0, dropped, p, partial, S);
+      shrink_block<Float32Step<LoadF32>>(block, panels.packed, rows, j1 - j0, dropped, p, partial, S);
     } else {
-      with_loader(x.dtype, panels.split, [&](auto loader) {
-        using Step = Float32Step<decltype(loader)>;
-        const auto* rows_x = (const typename Step::x_type*)x.data + m0 * x.ld + k0;
-        shrink_block<Step>(block, rows, j1 - j0, rows_x, p, partial, S);
-      });
+      const auto run = [&](auto loader) {
+        shrink_block<Float32Step<decltype(loader)>>(block, panels.packed, rows, j1 - j0, from, p, partial, S);
+      };
+      panels.split ? with_loader<LoadBf16Split>(x.dtype, run) : with_loader<LoadBf16>(x.dtype, run);
+    }
+  }
+}
+
+inline void store_panel(Pair natural, const ShrinkPanels& panels, void* block, int64_t at) {
+  if (panels.split) natural = deinterleave(natural);
+  for (int half = 0; half < 2; ++half, at += 16) {
+    if (panels.dtype == DType::F32) {
+      _mm512_storeu_ps((float*)block + at, natural.v[half]);
+    } else {  // widened bf16: a shift is exact, and keeps subnormals
+      const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(natural.v[half]), 16);
+      _mm256_storeu_si256((__m256i*)((uint16_t*)block + at), _mm512_cvtepi32_epi16(bits));
     }
   }
 }
 
 void pack_panel(const Matrix& p, bool p_is_kr, int64_t r, int64_t k0, int64_t kn, const ShrinkPanels& panels,
                 void* block) {
-  const int64_t ld = panels.ld;
-  if (panels.dtype == DType::BF16) {
-    float row[32 * 64];
-    for (int64_t j = 0; j < r; j += 64) {
-      for (int64_t k = 0; k < kn; k += 32) {
-        const int64_t ranks = min64(64, r - j), cols = min64(32, kn - k);
-        if (p_is_kr)
-          transpose_block(p, k0 + k, cols, j, ranks, 1.0f, row, 32);
-        else
-          copy_block(p, j, ranks, k0 + k, cols, 1.0f, false, row, 32);
-        for (int64_t i = 0; i < ranks; ++i)
-          for (int half = 0; half < 32; half += 16) {  // a shift: exact, and it keeps subnormals
-            const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(_mm512_loadu_ps(row + i * 32 + half)), 16);
-            _mm256_storeu_si256((__m256i*)((uint16_t*)block + (j + i) * ld + k + half), _mm512_cvtepi32_epi16(bits));
-          }
+  float rows[kShrinkRanks * 32];
+  for (int64_t k = 0; k < kn; k += 32) {
+    const int64_t columns = min64(32, kn - k);
+    for (int64_t j = 0; j < r; j += kShrinkRanks) {
+      const int64_t ranks = min64(kShrinkRanks, r - j);
+      if (p_is_kr)
+        transpose_block(p, k0 + k, columns, j, ranks, 1.0f, rows, 32);
+      else
+        copy_block(p, j, ranks, k0 + k, columns, 1.0f, rows, 32);
+      for (int64_t group = 0; group < ranks;) {
+        const int64_t count = rank_group(ranks - group), at = (j + group) * panels.ld + k * count;
+        for (int64_t i = 0; i < count; ++i)
+          store_panel(load32<LoadF32>(rows + (group + i) * 32), panels, block, at + i * 32);
+        group += count;
       }
     }
-    return;
-  }
-  float* to = (float*)block;
-  if (!p_is_kr) return copy_block(p, 0, r, k0, kn, 1.0f, panels.split, to, ld);
-  transpose_block(p, k0, kn, 0, r, 1.0f, to, ld);
-  if (panels.split) {
-    const Matrix packed = {to, DType::F32, ld};
-    copy_block(packed, 0, r, 0, (kn + 31) / 32 * 32, 1.0f, true, to, ld);
   }
 }
 

@@ -17,7 +17,7 @@ inline void wgrad_tile(const typename Loader::type* x, int64_t ldx, int64_t rows
     if (prefetch) _mm_prefetch((const char*)(x + kTile), _MM_HINT_T0);
     Pair v;
     if constexpr (kWhole)
-      v = Loader::load(x);
+      v = load32<Loader>(x);
     else
       v = Loader::load(x, lanes);
 #pragma GCC unroll 8
@@ -61,18 +61,22 @@ void wgrad_columns(const typename Loader::type* x, int64_t ldx, int64_t rows, in
   }
 }
 
+// Columns that drop(x) is made for at a time: whole groups of Philox blocks, and 80 KB for 128 rows.
+constexpr int64_t kDroppedColumns = 4 * kTile, kDroppedLd = kDroppedColumns + 16;
+
 void wgrad(const Matrix& x, const Dropout& dropout, int64_t m0, int64_t m1, int64_t i0, int64_t i1, const float* P,
            int64_t ldP, int64_t r, float* tiles) {
   const int64_t rows = m1 - m0;
-  float* dropped = dropout.active() ? (float*)lora_scratch(2, size_t(rows) * kTile * sizeof(float)) : nullptr;
+  float* dropped = dropout.active() ? (float*)lora_scratch(2, size_t(rows) * kDroppedLd * sizeof(float)) : nullptr;
   P += m0 * ldP;
   for (int64_t i = i0; i < i1; i += kTile, tiles += r * kTile) {
-    const int64_t columns = min64(kTile, i1 - i);
+    const int64_t columns = min64(kTile, i1 - i), offset = (i - i0) % kDroppedColumns;
     if (dropped) {
-      for (int64_t m = 0; m < rows; ++m) load_dropped(x, dropout, m0 + m, i, columns, dropped + m * kTile);
-      wgrad_columns<LoadF32>(dropped, kTile, rows, columns, P, ldP, r, tiles);
+      for (int64_t m = 0; offset == 0 && m < rows; ++m)
+        load_dropped(x, dropout, m0 + m, i, min64(kDroppedColumns, i1 - i), dropped + m * kDroppedLd);
+      wgrad_columns<LoadF32>(dropped + offset, kDroppedLd, rows, columns, P, ldP, r, tiles);
     } else {
-      with_loader(x.dtype, true, [&](auto loader) {
+      with_loader<LoadBf16Split>(x.dtype, [&](auto loader) {
         using Loader = decltype(loader);
         const auto* column = (const typename Loader::type*)x.data + m0 * x.ld + i;
         wgrad_columns<Loader>(column, x.ld, rows, columns, P, ldP, r, tiles);

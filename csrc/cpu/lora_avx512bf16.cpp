@@ -4,6 +4,6 @@
 
 namespace peft_kernels {
 
-const LoraKernels kLoraAvx512Bf16 = {true, true, 6, pack_panel, shrink, wgrad, wgrad_store, expand_add, dropout_rows};
+const LoraKernels kLoraAvx512Bf16 = {true, true, 48, pack_panel, shrink, wgrad, wgrad_store, expand_add, dropout_rows};
 
 }  // namespace peft_kernels

@@ -5,11 +5,12 @@
 
 namespace peft_kernels {
 
-// P of a shrink, cut along k: element (rank j, k) of block b = k / block_k lies at
-// data + b * block_stride + j * ld + k % block_k. Packed panels zero-fill the last block up to a multiple of 32.
+// P of a shrink, cut along k. Rank j of block b = k / block_k starts at data + b * block_stride + j * ld. How the ranks
+// of a packed block share their rows is up to pack_panel; its last columns are zero-filled to a multiple of 32.
 struct ShrinkPanels {
   const void* data;
   DType dtype;  // F32, or BF16 for the kernels that multiply bf16 pairs
+  bool packed;  // else P itself
   bool split;   // every 32 values as 16 even ones, then 16 odd ones: how one AND and one shift widen 32 bf16 of x
   int64_t block_k, block_stride, ld;
 };
