@@ -62,7 +62,9 @@ void expand_rows(typename Loader::type* out, int64_t ldo, int64_t m, int64_t n0,
   alignas(64) float sum[MR * kTile], mask[MR * kTile];
   for (int64_t n = n0; n < n1; n += kTile) {
     ExpandTile<typename Loader::type> tile = {out + m * ldo + n, ldo, first_lanes(n1 - n), nullptr, sum, true, false};
-    for (int i = 0; i < MR; ++i) _mm_prefetch((const char*)(out + (m + MR + i) * ldo + n), _MM_HINT_T0);
+    for (int i = 0; i < MR; ++i)
+      for (size_t at = 0; at < kTile * sizeof(*out); at += 64)
+        _mm_prefetch((const char*)(out + (m + MR + i) * ldo + n) + at, _MM_HINT_T0);
     for (int64_t t = 0; t < count; ++t) {
       const ExpandTerm& term = terms[t];
       tile.mask = term.dropout.active() ? mask : nullptr;

@@ -64,6 +64,7 @@ inline void store_sums(const __m512 (&c)[NR], float alpha, float* S) {
 struct ShrinkBlock {  // one k block of one work item
   int64_t ldx, ldp, kn;
   bool first, last;
+  bool prefetch;  // the next rows of x: 1 KB of each is too short for the hardware (8192 x 4096 bf16: 14.0 -> 10.9 ms)
   float alpha;
   int64_t ldS;
 };
@@ -89,6 +90,9 @@ inline void shrink_tile(const ShrinkBlock& block, const typename Step::x_type* x
       decltype(Step::load(x, 0)) v[MR];
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) v[i] = Step::load(x + i * block.ldx + k, half);
+      if (MR == 3 && block.prefetch && half * sizeof(*x) % 4 == 0)  // one line of each next row; float32 has two a step
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; ++i) _mm_prefetch((const char*)(x + (i + MR) * block.ldx + k + 16 * half), _MM_HINT_T0);
 #pragma GCC unroll 8
       for (int j = 0; j < NR; ++j) {
         auto w = Step::load_p(p + j * rank_stride, half);
@@ -139,7 +143,7 @@ void shrink_ranks(const ShrinkBlock& block, int64_t rows, const typename Step::x
 inline int64_t rank_group(int64_t left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
 template <class Step, bool kPacked>
-void shrink_block(const ShrinkBlock& block, int64_t rows, int64_t ranks, const typename Step::x_type* x,
+void shrink_block(ShrinkBlock block, int64_t rows, int64_t ranks, const typename Step::x_type* x,
                   const typename Step::p_type* p, float* partial, float* S) {
   for (int64_t j = 0; j < ranks;) {
     const int64_t count = rank_group(ranks - j);
@@ -148,6 +152,7 @@ void shrink_block(const ShrinkBlock& block, int64_t rows, int64_t ranks, const t
                      : count == 2 ? shrink_ranks<Step, 2, kPacked>
                                   : shrink_ranks<Step, 1, kPacked>;
     run(block, rows, x, p + j * block.ldp, partial + j * rows * 16, S + j);
+    block.prefetch = false;
     j += count;
   }
 }
@@ -170,7 +175,7 @@ void shrink(const Matrix& x, const Dropout& dropout, int64_t m0, int64_t m1, int
     const int64_t kn = min64(panels.block_k, K - k0);
     const char* p = (const char*)panels.data + (b * panels.block_stride + j0 * panels.ld) * dtype_size(panels.dtype);
     const char* from = (const char*)x.data + (m0 * x.ld + k0) * dtype_size(x.dtype);
-    ShrinkBlock block = {x.ld, panels.ld, kn, k0 == 0, k0 + kn == K, alpha, ldS};
+    ShrinkBlock block = {x.ld, panels.ld, kn, k0 == 0, k0 + kn == K, true, alpha, ldS};
 #ifdef __AVX512BF16__
     if (panels.dtype == DType::BF16) {
       shrink_block<Bf16Step>(block, panels.packed, rows, j1 - j0, from, p, partial, S);

@@ -14,7 +14,8 @@ inline void wgrad_tile(const typename Loader::type* x, int64_t ldx, int64_t rows
 #pragma GCC unroll 8
   for (int j = 0; j < NR; ++j) c[j][0] = c[j][1] = _mm512_setzero_ps();
   for (int64_t m = 0; m < rows; ++m, x += ldx, P += ldP) {
-    if (prefetch) _mm_prefetch((const char*)(x + kTile), _MM_HINT_T0);
+    if (prefetch)  // the next tile of columns
+      for (size_t at = 0; at < kTile * sizeof(*x); at += 64) _mm_prefetch((const char*)(x + kTile) + at, _MM_HINT_T0);
     Pair v;
     if constexpr (kWhole)
       v = load32<Loader>(x);
