@@ -29,9 +29,9 @@ def run_case(case: Case, effort: Effort, tick: Tick = lambda what, done, total: 
         if base is not None and name != base:
             rows[name]["time_over_ours"] = {"ours": base, **ratio(samples, times[base])}
     if work.memory is not None:
-        for name, row in rows.items():
+        for name in times:
             tick(f"memory of {name}", 0, 1)
-            row["peak_memory_bytes"] = work.memory(name)
+            rows[name]["peak_memory_bytes"] = work.memory(name)
     return {
         "case": case.name,
         "op": case.op,

@@ -48,8 +48,10 @@ def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=GGUF)
     # float32 first: asked for bfloat16, transformers 5.23 keeps the GGUF weights packed
     model = AutoModelForCausalLM.from_pretrained(path, gguf_file=GGUF, dtype=torch.float32).to(dtype)
-    if hasattr(model.config, "quantization_config"):  # it is dense now; PEFT and generate() should see it so
-        del model.config.quantization_config
+    # it is dense now, and PEFT, float() and save_pretrained() should see it so
+    model.config.__dict__.pop("quantization_config", None)
+    for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
+        model.__dict__.pop(mark, None)
     model.config.name_or_path = "SmolLM2-135M-Instruct"
     return model.requires_grad_(False).eval(), tokenizer
 

@@ -70,6 +70,8 @@ def measure(
         _seconds_per_call(calls[name], len(copies))
     once = {name: _seconds_per_call(calls[name], 2) for name in contenders}
     repeat = {name: max(1, math.ceil(effort.sample / once[name])) for name in contenders}
+    if not contenders:
+        return {}
     per_round = sum(once[name] * repeat[name] for name in contenders)
     rounds = min(effort.max_rounds, max(effort.min_rounds, int(effort.seconds / per_round)))
 
