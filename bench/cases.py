@@ -91,7 +91,7 @@ def codec(names: list[str] | None, quick: bool) -> Iterator[Case]:
 
 def smollm2_step(names: list[str] | None, quick: bool) -> Iterator[Case]:
     """A QLoRA training step of SmolLM2-135M: forward, backward, AdamW."""
-    seq, batch, steps = (32, 1, 2) if quick else (256, 4, 10)
+    seq, batch, steps = (32, 1, 3) if quick else (256, 4, 10)
     goals = (
         Goal(OURS, smollm2.FLOOR, at_most=1.12),
         Goal(PEFT_BNB, OURS, at_least=1.25),

@@ -96,7 +96,7 @@ def duration(seconds: float) -> str:
 
 
 def header() -> list[str]:
-    return ["case", "contender", "check", "time (p20 - p80)", "time / ours", "goals"]
+    return ["case", "contender", "check", "time (p20 - p80)", "best", "time / ours", "goals"]
 
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
@@ -111,10 +111,11 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
                 spent += f", peak {memory / 2**20:.0f} MiB"
             check = row["check"] if row["check"] != "failed" else f"failed: {row['why']}"
             goal = goals.pop(0) if goals else ""
-            table.append([name, row["contender"], check, spent, f"{times['p50']:.2f}" if times else "", goal])
+            best = duration(time["best"]) if time else ""
+            table.append([name, row["contender"], check, spent, best, f"{times['p50']:.2f}" if times else "", goal])
             name = ""
-        table += [["", contender, f"absent: {why}", "", "", ""] for contender, why in case["absent"].items()]
-        table += [["", "", "", "", "", goal] for goal in goals]
+        table += [["", contender, f"absent: {why}", "", "", "", ""] for contender, why in case["absent"].items()]
+        table += [["", "", "", "", "", "", goal] for goal in goals]
     return table
 
 

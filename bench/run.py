@@ -25,7 +25,7 @@ def run_case(case: Case, effort: Effort, tick: Tick = lambda what, done, total: 
     times = measure(sound, effort, lambda done, total: tick("timing", done, total))
     base = OURS if OURS in times else next((name for name in times if rows[name]["kind"] == "ours"), None)
     for name, samples in times.items():
-        rows[name] |= {"seconds": quantiles(samples), "rounds": len(samples)}
+        rows[name] |= {"seconds": {"best": min(samples), **quantiles(samples)}, "rounds": len(samples)}
         if base is not None and name != base:
             rows[name]["time_over_ours"] = {"ours": base, **ratio(samples, times[base])}
     if work.memory is not None:

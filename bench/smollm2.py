@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -18,16 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import peft_kernels as pk
-from peft_kernels.testing import BUDGET, assert_within_budget, error
+from peft_kernels.testing import assert_within_budget, error
 
 from . import memory
 from .peers import bnb, missing
 from .shapes import RANK
-from .work import OURS, PEER_TOLERANCE, PEFT_BNB, Work
+from .work import OURS, PEFT_BNB, Result, Work
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# a peer must train the same model: bfloat16 through 210 layers was 6 % off in the gradients of 32 tokens
+TOLERANCE = 0.2
 DENSE_LORA, FLOOR = "dense bf16 + LoRA", "dense bf16, norms trained"
 
 
@@ -130,76 +134,82 @@ MODELS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
 
 
 class Trainer:
-    """One training step a call: forward, backward, AdamW. Keeps the losses, and the gradients of the first step."""
+    """One training step a call: forward, backward, AdamW; returns the loss."""
 
     def __init__(self, model: torch.nn.Module, batches: list[torch.Tensor]):
-        self.model, self.batches = model.train(), batches
+        self.model, self.batches = model.train(), itertools.cycle(batches)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
-        self.losses: list[float] = []
-        self.gradients: torch.Tensor | None = None
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-4)
 
     def __call__(self) -> float:
-        ids = self.batches[len(self.losses) % len(self.batches)]
-        loss = self.model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        if self.gradients is None:
-            self.gradients = torch.cat([p.grad.float().flatten() for p in self.parameters])
+        return self.step().item()
+
+    def step(self, watch: Callable[[torch.Tensor, torch.Tensor], None] = lambda ids, logits: None) -> torch.Tensor:
+        """The step; watch(ids, logits) sees it between backward and update."""
+        ids = next(self.batches)
+        output = self.model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        watch(ids, output.logits.detach())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.losses.append(loss.item())
-        return self.losses[-1]
+        return output.loss.detach()
 
-    def curve(self, steps: int) -> torch.Tensor:
-        """The losses of the first steps."""
-        while len(self.losses) < steps:
-            self()
-        return torch.tensor(self.losses[:steps])
+    def trace(self, steps: int) -> Result:
+        """The loss of every token in each of the next steps, and all gradients of the first of them, in float32."""
+        losses, gradients = [], []
+
+        def watch(ids: torch.Tensor, logits: torch.Tensor) -> None:
+            predictions = logits[:, :-1].float().flatten(0, 1)
+            losses.append(F.cross_entropy(predictions, ids[:, 1:].flatten(), reduction="none"))
+            if not gradients:
+                gradients.extend(p.grad.float().flatten() for p in self.parameters)
+
+        for _ in range(steps):
+            self.step(watch)
+        return {"token losses": torch.stack(losses), "gradients": torch.cat(gradients)}
 
 
 def training_step(seq: int, batch: int, steps: int) -> Work:
     """A QLoRA training step of the whole model.
 
-    The check trains each contender for `steps` steps from the same adapters on the same batches and asks of the loss
-    curve, and of all gradients of the first step, what the project asks of every result: at most twice the peer's
-    error, the truth being the same model in float32. The peer is the eager bfloat16 computation, so its distance from
-    the truth is the spread that bfloat16 causes. To a curve is added one bfloat16 rounding of each token's loss,
-    averaged over the tokens.
+    The check trains each contender for `steps` steps from the same adapters on the same batches. The truth is the same
+    model in float32; PEFT over bitsandbytes is the eager bfloat16 computation, so its distance from the truth is the
+    spread that bfloat16 itself causes. Ours may be at most twice as far, as everywhere in the project: in the loss of
+    every token of every step, of which the loss curve is the mean (a curve of ten numbers alone would pass or fail by
+    chance), and in all gradients of the first step.
     """
     base, tokenizer = load_smollm2()
     batches = list(islice(text_batches(tokenizer, seq, batch), steps))
     trainers: dict[str, Trainer] = {}
 
-    def trainer(name: str) -> list[Callable[[], float]]:
+    def contender(name: str) -> list[Callable[[], float]]:
         trainers[name] = Trainer(MODELS[name](copy.deepcopy(base)), batches)
         return [trainers[name]]
 
     @functools.cache
-    def reference() -> Trainer:
-        trainer = Trainer(float32_lora(copy.deepcopy(base)), batches)
-        trainer.curve(steps)
-        return trainer
+    def trace(name: str) -> Result:
+        return trainers[name].trace(steps)
+
+    @functools.cache
+    def reference() -> Result:
+        return Trainer(float32_lora(copy.deepcopy(base)), batches).trace(steps)
 
     def check(name: str) -> None:
-        actual = trainers[name].curve(steps)
-        assert torch.isfinite(actual).all() and trainers[name].gradients.abs().max() > 0, "no finite loss or gradient"
-        truth = reference().curve(steps)
-        if name == PEFT_BNB:
-            relative = error(actual, truth)[1] / truth.mean().item()
-            assert relative <= PEER_TOLERANCE, f"losses off by {relative:.3g}"
-        elif name == OURS:
-            peer = trainers[PEFT_BNB]
-            assert_within_budget(trainers[name].gradients, reference().gradients, peer.gradients, "gradients")
-            rounding = torch.finfo(torch.bfloat16).eps / 2 * truth.mean().item() / (seq * batch) ** 0.5
-            ours, bound = error(actual, truth)[1], BUDGET * error(peer.curve(steps), truth)[1] + rounding
-            assert ours <= bound, f"loss curve: error {ours:.3e} beyond {bound:.3e}"
+        for key, actual in trace(name).items():
+            assert torch.isfinite(actual).all() and actual.abs().max() > 0, f"{key}: zero or not finite"
+            if name == PEFT_BNB:
+                truth = reference()[key]
+                relative = error(actual, truth)[1] / truth.square().mean().sqrt().item()
+                assert relative <= TOLERANCE, f"{key}: relative error {relative:.3g}"
+            elif name == OURS:
+                assert_within_budget(actual, reference()[key], trace(PEFT_BNB)[key], key)
 
     work = Work({}, check, memory=lambda name: peak_memory(name, seq, batch))
     need = missing("peft", "bitsandbytes")
-    work.add(PEFT_BNB, "peer", lambda: trainer(PEFT_BNB), need)
-    work.add(OURS, "ours", lambda: trainer(OURS), need)
-    work.add(DENSE_LORA, "floor", lambda: trainer(DENSE_LORA), missing("peft"))
-    work.add(FLOOR, "floor", lambda: trainer(FLOOR))
+    work.add(PEFT_BNB, "peer", lambda: contender(PEFT_BNB), need)
+    work.add(OURS, "ours", lambda: contender(OURS), need)
+    work.add(DENSE_LORA, "floor", lambda: contender(DENSE_LORA), missing("peft"))
+    work.add(FLOOR, "floor", lambda: contender(FLOOR))
     work.notes.append(f"checked over {steps} steps; peak memory: resident set of a fresh process during two steps")
     return work
 
@@ -222,7 +232,8 @@ def _main(name: str, seq: int, batch: int) -> None:
     step = Trainer(MODELS[name](model), list(islice(text_batches(tokenizer, seq, batch), 2)))
     del model
     memory.forget_peak()
-    step.curve(2)
+    step()
+    step()
     print(memory.peak())
 
 
