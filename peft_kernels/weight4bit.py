@@ -262,7 +262,8 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype | None = None) -> tor
     """W = code[q] * scale in float32, rounded once to `dtype`; bit for bit what bitsandbytes returns.
 
     Args:
-        weight: Weight4bit of shape (N, K). dtype: float32, float16, bfloat16 or float64; default weight.dtype.
+        weight: Weight4bit of shape (N, K).
+        dtype: float32, float16 or bfloat16 (float64 on the reference path); default weight.dtype.
 
     Returns:
         Tensor: (N, K) of dtype, without gradient.
