@@ -123,6 +123,8 @@ inline void decode_step(Pending& pending, int step, int part, __m512i& even, __m
   }
 }
 
+typedef float PairBits __attribute__((aligned(2), may_alias));  // two bf16 of a row, read as one broadcast operand
+
 template <int MR>
 inline void multiply_pair(__m512 (&acc)[MR][4], const uint16_t* in, int64_t ld, const uint32_t* panel, Pending* pending,
                           int step) {
@@ -132,8 +134,7 @@ inline void multiply_pair(__m512 (&acc)[MR][4], const uint16_t* in, int64_t ld, 
   for (int g = 0; g < 4; ++g) w[g] = (__m512bh)_mm512_load_si512(panel + 16 * g);
 #pragma GCC unroll 6
   for (int i = 0; i < MR; ++i) {
-    const __m512bh a = (__m512bh)_mm512_castps_si512(
-        _mm512_set1_ps(*(const float __attribute__((aligned(2), may_alias))*)(in + i * ld)));
+    const __m512bh a = (__m512bh)_mm512_castps_si512(_mm512_set1_ps(*(const PairBits*)(in + i * ld)));
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) acc[i][g] = _mm512_dpbf16_ps(acc[i][g], a, w[g]);
     if (pending) decode_step(*pending, step, i, even, odd);
