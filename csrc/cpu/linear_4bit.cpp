@@ -145,6 +145,7 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t M, int64_t ldx, con
   require(w.K > 0, kName, "K must be positive");
   check_matrix(kName, "x", x, w.K, ldx);
   check_matrix(kName, "y", y, w.N, ldy);
+  require(out_scale || !unscaled, kName, "unscaled needs an out_scale");
   std::vector<Linear4Term> common;
   for (const ForwardTerm& term : terms) {
     common.push_back(common_term(kName, term));
