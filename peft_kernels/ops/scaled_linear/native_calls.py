@@ -1,4 +1,4 @@
-"""Scaled, biased linear layers on the native core: scales inside the fused 4-bit kernels, else a pass beside the GEMM."""
+"""Scaled, biased linear layers on the native core: scales inside the fused 4-bit kernels, or a pass beside the GEMM."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def scaled_linear(
 ) -> torch.Tensor:
     """What the three have in common: one product, its input or its output scaled, in x's dtype between the steps."""
     w = dequantize_reference(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
-    if is_feedforward:
+    if scale is not None and is_feedforward:
         x = (x * scale).to(x.dtype)
     y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
     return y if scale is None or is_feedforward else (y * scale).to(x.dtype)

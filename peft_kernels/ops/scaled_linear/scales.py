@@ -12,13 +12,13 @@ from ...checks import bad_value, check_tensor
 
 
 def combined_scale(
-    scale: torch.Tensor | Sequence[torch.Tensor], shape: tuple[int, int], is_feedforward: bool
+    scale: torch.Tensor | Sequence[torch.Tensor], shape: Sequence[int], is_feedforward: bool
 ) -> torch.Tensor:
     """The product of the vectors, (N,) or for a feed-forward layer (K,), with a gradient to each of them."""
     features = shape[1] if is_feedforward else shape[0]
     allowed = ((features,), (1, features)) if is_feedforward else ((features,), (features, 1))
     single = isinstance(scale, torch.Tensor)
-    vectors = [scale] if single else list(scale)
+    vectors: list[torch.Tensor] = [scale] if isinstance(scale, torch.Tensor) else list(scale)
     if not vectors:
         raise bad_value("scale", "at least one vector", "none", "Call the base layer when no adapter is active.")
     for i, vector in enumerate(vectors):
