@@ -12,19 +12,23 @@ import peft_kernels as pk
 OPTIONAL = ("triton", "bitsandbytes", "transformers", "peft", "adapters", "accelerate", "matplotlib", "rich")
 ROOT_NAMES = {
     "BackendError",
+    "PreparationReport",
     "ReplacementReport",
     "Weight4bit",
     "backends",
     "explain",
     "functional",
     "nn",
+    "prepare_bitfit",
+    "prepare_scale_bias",
     "reference",
     "replace_layers",
     "restore_layers",
     "use_backend",
 }
 FUNCTIONS = {"dequantize_4bit", "linear_4bit", "lora_linear", "quantize_4bit"}
-MODULES = {"Linear4bit", "LoRALinear"}
+FUNCTIONS |= {"bitfit_linear", "ia3_linear", "scale_bias_linear"}
+MODULES = {"BitFitLinear", "IA3Linear", "Linear4bit", "LoRALinear", "ScaleBiasLinear"}
 
 SMALL_RUN = """
 import torch

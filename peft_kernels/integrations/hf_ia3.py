@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..functional import ia3_linear
-from .hf_peft import PLAIN, FusedAdapter, besides, dense_base, four_bit_weight, why_not_now
+from .base_layer import PLAIN, dense_base, four_bit_weight
+from .hf_peft import FusedAdapter, besides, why_not_now
 
 
 class FusedIA3(FusedAdapter):

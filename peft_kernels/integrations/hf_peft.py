@@ -10,10 +10,8 @@ from torch import nn
 
 from .. import dispatch
 from ..functional import lora_linear
-from ..weight4bit import Weight4bit
-from .replace import FOUR_BIT, Undo, why_base_not
-
-PLAIN = (torch.Tensor, nn.Parameter)  # not DTensor, not a quantized or otherwise wrapped tensor
+from .base_layer import PLAIN, dense_base, four_bit_weight, hooked, overridden
+from .replace import Undo, why_base_not
 
 
 class FusedAdapter:
@@ -89,26 +87,9 @@ def why_not_now(layer: Any, x: torch.Tensor) -> str | None:
         return "its adapters are merged into the base layer"
     if type(x) not in PLAIN or not x.is_floating_point():
         return f"x is a {type(x).__name__} of {getattr(x, 'dtype', 'no dtype')}"
-    if _hooked(layer._modules["base_layer"]):
+    if hooked(layer._modules["base_layer"]):
         return "the base layer has hooks"
     return None
-
-
-def overridden(module: nn.Module) -> str | None:
-    """Why the module's forward may not be bypassed: something else has to see or do the call."""
-    if "forward" in module.__dict__:
-        return "forward is replaced on the instance" + (" (accelerate's hook)" if hasattr(module, "_hf_hook") else "")
-    return None
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def _adapter(layer: Any, name: str) -> Any:
@@ -129,7 +110,7 @@ def _adapter(layer: Any, name: str) -> Any:
         return f"adapter {name!r} has a dropout of class {kind.__name__}"
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
         return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not of nn.Linear"
-    if _hooked(a) or _hooked(b) or _hooked(dropout):
+    if hooked(a) or hooked(b) or hooked(dropout):
         return f"a module of adapter {name!r} has hooks"
     weight_a: Any = a._parameters.get("weight")
     weight_b: Any = b._parameters.get("weight")
@@ -164,27 +145,6 @@ def _gather(layer: Any, x: torch.Tensor) -> Any:
         return served
     x, weight, out_dtype = served
     return x, weight, base._parameters["bias"], a, b, scaling, lora_bias, dropout_p, out_dtype
-
-
-def dense_base(base: Any, x: torch.Tensor) -> Any:
-    """x, weight and None; torch's rules for mixed dtypes are torch's to enforce."""
-    weight, bias = base._parameters.get("weight"), base._parameters["bias"]
-    if type(weight) not in PLAIN:
-        return f"the base weight is a {type(weight).__name__}, which is gathered by its module's forward"
-    if torch.is_autocast_enabled(x.device.type):
-        if x.dtype is torch.float64:
-            return "autocast leaves float64 as it is"
-    elif weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
-        return f"x is {x.dtype}, the base layer {weight.dtype}"
-    return x, weight, None
-
-
-def four_bit_weight(base: Any) -> Weight4bit | str:
-    """The Weight4bit of a 4-bit base layer, or why it cannot be read."""
-    if type(base) not in FOUR_BIT:
-        return f"the base layer is a {type(base).__name__} that replace_layers has not seen"
-    weight = base._weight4bit()
-    return f"the base layer's {weight}" if isinstance(weight, str) else weight
 
 
 def _four_bit(base: Any, x: torch.Tensor, lora_A: tuple[torch.Tensor, ...]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from torch import nn
 
 from .. import dispatch
-from ..checks import bad_type, bad_value
+from ..checks import bad_type
+from .filters import Filter, check_patterns, matches, parse_filters
 from .report import Entry, ReplacementReport
 
 # A class by its qualified name -> the module here and the class in it that takes its place. A fused class is a subclass
@@ -23,6 +23,14 @@ REGISTRY: dict[str, tuple[str, str]] = {
     "peft.tuners.lora.bnb.Linear4bit": ("hf_peft_4bit", "FusedLinear4bit"),
     "peft.tuners.ia3.layer.Linear": ("hf_ia3", "FusedLinear"),
     "peft.tuners.ia3.bnb.Linear4bit": ("hf_ia3_4bit", "FusedLinear4bit"),
+    "peft_kernels.integrations.trained_layers.BitFitLinear": ("trained_layers", "FusedBitFitLinear"),
+    "peft_kernels.integrations.trained_layers.ScaleBiasLinear": ("trained_layers", "FusedScaleBiasLinear"),
+    "peft_kernels.integrations.trained_layers.ScaleBiasLinear4bit": ("trained_layers", "FusedScaleBiasLinear4bit"),
+    "peft_kernels.integrations.trained_layers_bnb.BitFitLinear4bit": ("trained_layers_bnb", "FusedBitFitLinear4bit"),
+    "peft_kernels.integrations.trained_layers_bnb.ScaleBiasLinear4bit": (
+        "trained_layers_bnb",
+        "FusedScaleBiasLinear4bit",
+    ),
     "bitsandbytes.nn.modules.Linear4bit": ("bitsandbytes", "FusedLinear4bit"),
     "bitsandbytes.nn.modules.LinearNF4": ("bitsandbytes", "FusedLinearNF4"),
     "bitsandbytes.nn.modules.LinearFP4": ("bitsandbytes", "FusedLinearFP4"),
@@ -31,7 +39,6 @@ REGISTRY: dict[str, tuple[str, str]] = {
 # The fused 4-bit layers, exactly (not subclasses of them): what an adapter layer may read the weight of.
 FOUR_BIT: set[type] = set()
 
-Filter = str | Callable[[str, nn.Module], bool]
 Undo = Callable[[], None]
 
 
@@ -47,8 +54,8 @@ def replace_layers(
     Served are Hugging Face PEFT's LoRA and IA³ layers over nn.Linear and over bitsandbytes' Linear4bit, bitsandbytes'
     Linear4bit itself, and the layers of prepare_bitfit and prepare_scale_bias. Parameters, state-dict keys, hooks and
     every method but `forward` stay as they are; a call that has no kernel (DoRA, adapter_names, hooks on inner modules)
-    goes to the old forward, and `peft_kernels.explain` says why. Calling it again, for instance after adding adapters to
-    further layers, replaces only what is new.
+    goes to the old forward, and `peft_kernels.explain` says why. Calling it again, for instance after adding adapters
+    to further layers, replaces only what is new.
 
     Args:
         model: any module, a single layer too.
@@ -70,12 +77,13 @@ def replace_layers(
     if not isinstance(model, nn.Module):
         raise bad_type("model", "a torch.nn.Module", model, "Pass the model that holds the layers.")
     candidates = list(_candidates(model))
-    include_filters, exclude_filters = _filters("include", include), _filters("exclude", exclude)
-    _check_patterns(include_filters, candidates)
+    include_filters, exclude_filters = parse_filters("include", include), parse_filters("exclude", exclude)
+    owners = [(name, module) for name, module, adapter in candidates if adapter is None]
+    check_patterns("include", include_filters, owners)
     plan = []
     for name, module, adapter in candidates:
         owner = adapter or (name, module)
-        wanted = (include is None or _matches(include_filters, *owner)) and not _matches(exclude_filters, *owner)
+        wanted = (include is None or matches(include_filters, *owner)) and not matches(exclude_filters, *owner)
         reason = _checked(name, module, lambda m: _fused_class(m).why_not(m)) if wanted else "excluded by the caller"
         plan.append((name, module, adapter, reason, wanted))
     refused = [(name, module, reason) for name, module, _, reason, wanted in plan if wanted and reason]
@@ -145,40 +153,11 @@ def why_base_not(base: nn.Module) -> str | None:
 
 
 def _is_fused(cls: type) -> bool:
-    return cls.__module__.startswith("peft_kernels.integrations.")
+    return cls.__module__.startswith("peft_kernels.integrations.") and hasattr(cls, "why_not")
 
 
 def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _filters(argument: str, value: Filter | Iterable[Filter] | None) -> list[Filter]:
-    filters = [] if value is None else [value] if isinstance(value, str) or callable(value) else list(value)
-    for item in filters:
-        if not (isinstance(item, str) or callable(item)):
-            raise bad_type(argument, "name patterns or callables (name, module) -> bool", item, "See replace_layers.")
-    return filters
-
-
-def _matches(filters: list[Filter], name: str, module: nn.Module) -> bool:
-    for item in filters:
-        if not isinstance(item, str):
-            if item(name, module):
-                return True
-        elif fnmatch.fnmatchcase(name, item) or fnmatch.fnmatchcase(name, f"*.{item}"):
-            return True
-    return False
-
-
-def _check_patterns(filters: list[Filter], candidates: list) -> None:
-    """A pattern that matches nothing is a misspelling."""
-    for item in filters:
-        if isinstance(item, str) and not any(_matches([item], name, module) for name, module, _ in candidates):
-            names = ", ".join(name for name, _, adapter in candidates[:4] if adapter is None)
-            remedy = "A pattern matches the dotted name or a tail of it that starts after a dot."
-            raise bad_value(
-                "include", f"patterns that match a layer (such as {names or 'none here'})", repr(item), remedy
-            )
 
 
 def _checked(name: str, module: nn.Module, step: Callable[[nn.Module], Any]) -> Any:

@@ -78,7 +78,7 @@ def test_numbers_of_options(kind, options, feedforward):
 
 
 def test_compute_dtype_is_settled_as_by_peft():
-    """Without one of its own, the 4-bit base layer of a declared model computes in float32, which is what PEFT gives."""
+    """Without one of its own, the 4-bit base layer of a declared model computes in float32, as PEFT asks."""
     torch.manual_seed(0)
     model = One(four_bit(nn.Linear(128, 48).to(BF16)))
     model.is_loaded_in_4bit = True
