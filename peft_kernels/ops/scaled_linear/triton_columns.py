@@ -33,7 +33,7 @@ def columns(
     wanted = (sums, times is not None)
     planes = [u.new_empty((splits, n), dtype=torch.float32) if want else None for want in wanted]
     launch(
-        _scale_and_sum_columns_kernel,
+        _column_pass_kernel,
         (programs, splits),
         u.device,
         u_ptr=u,
@@ -57,7 +57,7 @@ def columns(
 
 
 @triton.jit
-def _scale_and_sum_columns_kernel(
+def _column_pass_kernel(
     u_ptr, v_ptr, scale_ptr, out_ptr, sums_ptr, products_ptr, M, N, m_per_split, stride_um, stride_vm, stride_om,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
