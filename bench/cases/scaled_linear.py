@@ -58,6 +58,8 @@ def train(options: Options, method: str, m: int, n: int, k: int) -> Work:
     def module(wrap: Callable[[torch.nn.Module], torch.nn.Module], compiled: bool = False) -> Training:
         model, leaves = layer_of(method, copy.deepcopy(base), scale, bias, feedforward)
         layer = wrap(model).proj
+        if compiled:  # its backward is timed alone too, several times over one graph
+            torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
         run = torch.compile(layer) if compiled else layer
         # PEFT's 4-bit layer returns float32: for either, the next layer of a model in x's dtype casts
         return Training(lambda: run(x).to(x.dtype), {"dx": x, **leaves}, dy)
