@@ -31,7 +31,7 @@ def check_tensor(argument: str, value: object, ndim: int | None = None) -> None:
 
 def check_shape(argument: str, value: torch.Tensor, shape: tuple[int, ...]) -> None:
     """A tensor of exactly this shape."""
-    if tuple(value.shape) != shape:
+    if value.shape != shape:
         raise bad_value(argument, f"shape {shape}", f"{tuple(value.shape)}", "Match it to the weight (N, K).")
 
 

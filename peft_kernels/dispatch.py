@@ -77,6 +77,7 @@ class use_backend:
         _requested = self._previous
 
 
+@functools.cache
 def implementation(op: str, backend: str) -> ModuleType:
     """The module that implements `op` on `backend` ("native" or "triton")."""
     return importlib.import_module(IMPLEMENTATIONS[op][backend])
@@ -131,6 +132,29 @@ def _search(op: str, requested: str, device: torch.device, dtypes: tuple[torch.d
         reasons = "; ".join(f"{name}: {why}" for name, why in passed_over)
         log.warning("%s runs on the reference path (slow): %s", op, reasons)
     return backend, tuple(passed_over)
+
+
+def observed(*tensors: torch.Tensor | None) -> bool:
+    """Whether something has to see the library op itself rather than its result: then the call goes through torch's
+    dispatcher, else straight to the kernel, which saves about 15 microseconds.
+
+    That something is a compiler or tracer, a mode (fake tensors, selective checkpointing, FLOP counters), a functorch
+    transform, a profiler, or a tensor subclass among `tensors`.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    c = torch._C
+    return bool(
+        c._len_torch_dispatch_stack()
+        or c._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
+        or c._get_tracing_state() is not None
+        or c._functorch.peek_interpreter_stack() is not None
+        or any(type(t) not in _PLAIN for t in tensors)
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
 def explain(module_or_function: Any, *args: Any, **kwargs: Any) -> str:

@@ -88,6 +88,10 @@ class Weight4bit:
         double = "nested" if self.nested is not None else "plain"
         return f"Weight4bit({n}x{k}, {self.quant_type}, blocksize={self.blocksize}, {double}, dtype={self.dtype})"
 
+    def __getstate__(self) -> dict:
+        # `native_weight` caches a view of the memory here, which means nothing in a copy or another process
+        return {key: value for key, value in self.__dict__.items() if key != "_native"}
+
     @classmethod
     def quantize(
         cls, w: torch.Tensor, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True

@@ -1,7 +1,11 @@
 """linear_4bit: forward and every gradient against float64, and the contract around them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels as pk
 from peft_kernels import dispatch
@@ -20,6 +24,18 @@ SHAPES = {
     "smollm2-down": (64, 1536, 576),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Ops(TorchDispatchMode):
+    """The names of the operations that torch's dispatcher sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def gradients(function, x, weight, bias, dy):
@@ -130,6 +146,64 @@ def test_autocast(backend):
     x, w, bias, _ = inputs((5, 128, 32), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert pk.functional.linear_4bit(x, w, bias).dtype == torch.bfloat16
+
+
+def test_whoever_observes_sees_one_library_op(backend):
+    if backend == "reference":
+        pytest.skip("the reference path has no library op")
+    x, w, bias, dy = inputs((5, 128, 32), torch.bfloat16)
+    direct = gradients(pk.functional.linear_4bit, x, w, bias, dy)
+    with Ops() as seen:
+        observed = gradients(pk.functional.linear_4bit, x, w, bias, dy)
+    assert [name for name in seen.names if "peft_kernels" in name] == [
+        "peft_kernels.linear_4bit_forward.default",
+        "peft_kernels.linear_4bit_backward.default",
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(direct, observed, strict=True))
+    with torch.profiler.profile() as profile:
+        pk.functional.linear_4bit(x, w)
+    assert "peft_kernels::linear_4bit_forward" in {event.name for event in profile.events()}
+
+
+def test_fake_tensors(backend):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, w, bias, _ = inputs((5, 128, 32), torch.bfloat16)
+    if backend == "reference":
+        pytest.skip("the reference path is torch's own operations")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x)
+        assert pk.functional.linear_4bit(fake, w, bias).shape == (5, 32)
+    assert type(pk.functional.linear_4bit(fake, w)) is type(fake)  # outside the mode: the tensor itself tells
+
+
+def test_result_may_be_changed_in_place(backend):
+    x, w, bias, _ = inputs((6, 128, 32), torch.bfloat16)
+    x = x.view(2, 3, 128).requires_grad_()
+    y = pk.functional.linear_4bit(x, w, bias)
+    y.mul_(2)
+    y.sum().backward()
+    torch.testing.assert_close(y[1, 2], 2 * pk.functional.linear_4bit(x[1, 2], w, bias))
+    assert y.shape == (2, 3, 32) and x.grad.shape == x.shape
+
+
+def test_follows_the_memory_of_its_weight(backend):
+    """The native core keeps pointers: a tensor that gets another storage must be noticed."""
+    x, w, bias, _ = inputs((3, 128, 32), torch.bfloat16)
+    _, other, _, _ = inputs((4, 128, 32), torch.bfloat16)
+    pk.functional.linear_4bit(x, w, bias)
+    for mine, new in zip(w.parts(), other.parts(), strict=True):
+        mine.set_(new.clone())
+    assert torch.equal(pk.functional.linear_4bit(x, w, bias), pk.functional.linear_4bit(x, other, bias))
+    w.packed.fill_(0x77)  # in place: the memory is read at every call
+    assert torch.equal(pk.functional.linear_4bit(x, w), pk.reference.linear_4bit(x, w))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w)), lambda w: w.to("cpu")])
+def test_a_used_weight_can_be_copied(backend, duplicate):
+    x, w, bias, _ = inputs((3, 128, 32), torch.bfloat16)
+    expected = pk.functional.linear_4bit(x, w, bias)
+    assert torch.equal(pk.functional.linear_4bit(x, duplicate(w), bias), expected)
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])

@@ -183,6 +183,39 @@ def test_autocast(backend):
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "4bit"])
+def test_whoever_observes_sees_one_library_op(backend, quantized):
+    if backend == "reference":
+        pytest.skip("the reference path has no library op")
+    case = Case(SHAPES["two-adapters"], DTYPES["bfloat16-float32"], quantized, dropout_p=0.3)
+    direct = case.run(pk.functional.lora_linear)
+    with torch.profiler.profile() as profile:
+        observed = case.run(pk.functional.lora_linear)
+    names = sorted(event.name for event in profile.events() if event.name.startswith("peft_kernels::"))
+    assert names == ["peft_kernels::lora_linear_backward", "peft_kernels::lora_linear_forward"]
+    assert all(torch.equal(direct[name], observed[name]) for name in direct)
+
+
+def test_checkpoint_of_an_observed_forward(backend):
+    """What is saved must not depend on who observes: the recomputation may run unobserved."""
+    case = Case(SHAPES["primes"], DTYPES["float32"], True)
+    x, lora_A = case.x.requires_grad_(), [a.requires_grad_() for a in case.lora_A]
+    with torch.profiler.profile():
+        y = checkpoint(pk.functional.lora_linear, x, case.weight, lora_A, case.lora_B, use_reentrant=False)
+    y.backward(case.dy)
+    assert all(a.grad.abs().max() > 0 for a in lora_A)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "4bit"])
+def test_leading_dimensions_and_change_in_place(backend, quantized):
+    case = Case((6, 128, 32, (4,)), DTYPES["bfloat16-float32"], quantized)
+    flat = case.run(pk.functional.lora_linear)
+    case.x, case.dy = case.x.view(2, 3, 128), case.dy.view(2, 3, 32)
+    ours = case.run(lambda *args, **options: pk.functional.lora_linear(*args, **options).mul_(1))
+    assert ours["y"].shape == (2, 3, 32) and ours["dx"].shape == (2, 3, 128)
+    assert all(torch.equal(ours[name].flatten(), flat[name].flatten()) for name in flat)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "4bit"])
 def test_library_ops(quantized):
     case = Case(SHAPES["two-adapters"], DTYPES["bfloat16"], quantized)
     if reason := dispatch.why_not(OP, "native", case.x.device, ()):

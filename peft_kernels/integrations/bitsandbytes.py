@@ -78,7 +78,7 @@ class FusedForward:
         if isinstance(weight, str) or not x.is_floating_point():
             return self._forward_of_bitsandbytes(x, weight)
         dtype, device, compute = x.dtype, x.device.type, self._compute_dtype_for(x)
-        bias = self.bias
+        bias = self._parameters["bias"]
         if compute is not dtype:
             x = x.to(compute)
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not compute:

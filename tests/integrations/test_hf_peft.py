@@ -56,6 +56,25 @@ def test_scaling_is_read_at_every_call(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_changes_between_calls_are_followed(kind):
+    model, layer, stock = replaced(kind)
+    x, theirs = inputs(), stock.base_model.model.proj
+    run(model, x)
+    for change in (
+        lambda layer: layer.lora_A["default"].weight.requires_grad_(False),
+        lambda layer: layer.lora_A["default"].weight.requires_grad_(True),
+        lambda layer: layer.lora_B["default"].weight.data.mul_(2),
+        lambda layer: layer.lora_A.to(torch.float64).to(torch.float32),
+        lambda layer: layer.set_scale("default", 0.5),
+    ):
+        change(layer), change(theirs)
+        ours, expected = run(model, x), run(stock, x)
+        assert ours.keys() == expected.keys()
+        for name in ours:
+            close(ours[name], expected[name], BF16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_float32_input_of_a_bfloat16_layer(kind):
     """torch refuses it over a dense base; over a 4-bit one PEFT runs the adapters in float32 and so do we."""
     model, layer, stock = replaced(kind)

@@ -107,7 +107,8 @@ def backward_fused(
 
 def row_major(x: torch.Tensor) -> torch.Tensor:
     """x with contiguous rows (a stride between rows is fine)."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    stride = x.stride()
+    return x if stride[1] == 1 and stride[0] >= x.shape[1] else x.contiguous()
 
 
 def decode(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:

@@ -44,54 +44,86 @@ def linear_4bit(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None =
     backend = dispatch.choose("linear_4bit", x.device, (x.dtype,))
     if backend == "reference":
         return reference.linear_4bit(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    parts, meta = weight.parts(), weight.meta()
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y = _Linear4bit.apply(rows, bias, meta, backend, *parts)
-    else:
-        y = torch.ops.peft_kernels.linear_4bit_forward(rows, parts, meta, bias, backend)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        if torch.compiler.is_compiling():
+            return _Linear4bit.apply((None, weight.meta(), backend), x, bias, *weight.parts())
+        return _Linear4bit.apply((weight, None, backend), x, bias)
+    return _run_forward(x, weight, bias, backend)
+
+
+def _run_forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+    if dispatch.observed(x, bias, weight.packed):
+        return torch.ops.peft_kernels.linear_4bit_forward(x, weight.parts(), weight.meta(), bias, backend)
+    return _forward(x, weight, bias, backend)
 
 
 class _Linear4bit(torch.autograd.Function):
+    """static: (weight, None, backend), or, where the compiler has to see the parts, (None, meta, backend) and those."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, meta: list, backend: str, *parts: torch.Tensor):
+    def forward(ctx: Any, static: tuple, x: torch.Tensor, bias: torch.Tensor | None, *parts: torch.Tensor):
+        weight, meta, backend = static
         ctx.save_for_backward(*parts)
-        ctx.meta, ctx.backend, ctx.bias_dtype = meta, backend, None if bias is None else bias.dtype
-        return torch.ops.peft_kernels.linear_4bit_forward(x, parts, meta, bias, backend)
+        ctx.static, ctx.bias_dtype = static, None if bias is None else bias.dtype
+        if weight is None:
+            return torch.ops.peft_kernels.linear_4bit_forward(x, parts, meta, bias, backend)
+        return _run_forward(x, weight, bias, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
+        weight, meta, backend = ctx.static
         parts = ctx.saved_tensors
         dx = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.ops.peft_kernels.linear_4bit_backward(dy.contiguous(), parts, ctx.meta, ctx.backend)
         if ctx.needs_input_grad[1]:
-            dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dbias, None, None, *(None for _ in parts)
+            dy = dy.contiguous()
+            if weight is None:
+                dx = torch.ops.peft_kernels.linear_4bit_backward(dy, parts, meta, backend)
+            elif dispatch.observed(dy):
+                dx = torch.ops.peft_kernels.linear_4bit_backward(dy, weight.parts(), weight.meta(), backend)
+            else:
+                dx = _backward(dy, weight, backend)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return None, dx, dbias, *(None for _ in parts)
+
+
+def _forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+    n, k = weight.shape
+    if x.numel() == 0:
+        y = x.new_zeros((*x.shape[:-1], n))
+        return y if bias is None else y.copy_(bias)
+    if x.ndim == 2:
+        return dispatch.implementation("linear_4bit", backend).forward(x, weight, bias)
+    y = dispatch.implementation("linear_4bit", backend).forward(x.reshape(-1, k), weight, bias)
+    return y.resize_(*x.shape[:-1], n)  # unlike a view, it may be changed in place after autograd has seen it
+
+
+def _backward(dy: torch.Tensor, weight: Weight4bit, backend: str) -> torch.Tensor:
+    n, k = weight.shape
+    if dy.numel() == 0:
+        return dy.new_zeros((*dy.shape[:-1], k))
+    if dy.ndim == 2:
+        return dispatch.implementation("linear_4bit", backend).backward(dy, weight)
+    dx = dispatch.implementation("linear_4bit", backend).backward(dy.reshape(-1, n), weight)
+    return dx.resize_(*dy.shape[:-1], k)
 
 
 @torch.library.impl(_lib, "linear_4bit_forward", "CompositeExplicitAutograd")
-def _forward(x: torch.Tensor, parts: list[torch.Tensor], meta: list[int], bias: torch.Tensor | None, backend: str):
-    if x.shape[0] == 0:
-        return x.new_empty((0, meta[0]))
-    weight = Weight4bit.from_parts(parts, meta)
-    return dispatch.implementation("linear_4bit", backend).forward(x, weight, bias)
+def _forward_op(x: torch.Tensor, parts: list[torch.Tensor], meta: list[int], bias: torch.Tensor | None, backend: str):
+    return _forward(x, Weight4bit.from_parts(parts, meta), bias, backend)
 
 
 @torch.library.register_fake("peft_kernels::linear_4bit_forward", lib=_lib)
 def _forward_fake(x: torch.Tensor, parts: list[torch.Tensor], meta: list[int], bias: torch.Tensor | None, backend: str):
-    return x.new_empty((x.shape[0], meta[0]))
+    return x.new_empty((*x.shape[:-1], meta[0]))
 
 
 @torch.library.impl(_lib, "linear_4bit_backward", "CompositeExplicitAutograd")
-def _backward(dy: torch.Tensor, parts: list[torch.Tensor], meta: list[int], backend: str):
-    if dy.shape[0] == 0:
-        return dy.new_empty((0, meta[1]))
-    return dispatch.implementation("linear_4bit", backend).backward(dy, Weight4bit.from_parts(parts, meta))
+def _backward_op(dy: torch.Tensor, parts: list[torch.Tensor], meta: list[int], backend: str):
+    return _backward(dy, Weight4bit.from_parts(parts, meta), backend)
 
 
 @torch.library.register_fake("peft_kernels::linear_4bit_backward", lib=_lib)
 def _backward_fake(dy: torch.Tensor, parts: list[torch.Tensor], meta: list[int], backend: str):
-    return dy.new_empty((dy.shape[0], meta[1]))
+    return dy.new_empty((*dy.shape[:-1], meta[1]))

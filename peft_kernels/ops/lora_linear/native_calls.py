@@ -30,23 +30,22 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (M, K) -> y (M, N), S (M, sum r) float32."""
     x = row_major(x)
-    m, rank = x.shape[0], sum(a.shape[0] for a in lora_A)
-    s = torch.empty((m, rank), dtype=torch.float32)
-    columns = _columns(s, lora_A)
-    for a, s_i, p, seed in zip(lora_A, columns, dropout_p, _seeds(seeds, lora_A), strict=True):
-        _shrink(x, a.contiguous(), False, 1.0, p, seed, s_i)
+    m, ranks = x.shape[0], [a.shape[0] for a in lora_A]
+    s = torch.empty((m, sum(ranks)), dtype=torch.float32)
+    for a, column, p, seed in zip(lora_A, _columns(s, ranks), dropout_p, _seeds(seeds, ranks), strict=True):
+        _shrink(x, a.contiguous(), False, 1.0, p, seed, column)
     right = [b.contiguous() for b in lora_B]
     if isinstance(weight, Weight4bit) and base.fused_forward(m, x.dtype, weight):
         terms = [
-            (s_i.data_ptr(), rank, b.data_ptr(), native.dtype_code(b.dtype), b.shape[1], scale)
-            for s_i, b, scale in zip(columns, right, scaling, strict=True)
+            (*column, b.data_ptr(), native.dtype_code(b.dtype), b.shape[1], scale)
+            for column, b, scale in zip(_columns(s, ranks), right, scaling, strict=True)
         ]
         return base.forward_fused(x, weight, bias, terms), s
     w = base.decode(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
     y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
     added = [
-        (s_i.data_ptr(), rank, b.data_ptr(), native.dtype_code(b.dtype), True, b.shape[1], scale, 0.0, 0)
-        for s_i, b, scale in zip(columns, right, scaling, strict=True)
+        (*column, b.data_ptr(), native.dtype_code(b.dtype), True, b.shape[1], scale, 0.0, 0)
+        for column, b, scale in zip(_columns(s, ranks), right, scaling, strict=True)
     ]
     _expand_add(y, added)
     return y, s
@@ -68,34 +67,33 @@ def backward(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
     """dy (M, N) -> dx (M, K) or None, dA and dB in their parameters' dtypes (empty where not needed)."""
     dy = row_major(dy)
-    m, rank = s.shape
-    seed_list = _seeds(seeds, lora_A)
+    ranks = [a.shape[0] for a in lora_A]
+    s, seed_list = s.contiguous(), _seeds(seeds, ranks)
     dA: list[torch.Tensor] = []
     dB: list[torch.Tensor] = []
     dx = None
     if need_dB:
-        for s_i, b, scale in zip(_columns(s, lora_A), lora_B, scaling, strict=True):
-            dB.append(_wgrad(dy, s_i, scale, 0.0, 0, False, b))
+        for column, b, scale in zip(_columns(s, ranks), lora_B, scaling, strict=True):
+            dB.append(_wgrad(dy, column, scale, 0.0, 0, False, b))
     if need_dx or need_dA:
-        t = torch.empty((m, rank), dtype=torch.float32)
-        columns = _columns(t, lora_A)
-        for b, t_i, scale in zip(lora_B, columns, scaling, strict=True):
-            _shrink(dy, b.contiguous(), True, scale, 0.0, 0, t_i)
+        t = torch.empty_like(s)
+        columns = _columns(t, ranks)
+        for b, column, scale in zip(lora_B, columns, scaling, strict=True):
+            _shrink(dy, b.contiguous(), True, scale, 0.0, 0, column)
     if need_dA:
         assert x is not None
         x = row_major(x)
-        for a, t_i, p, seed in zip(lora_A, columns, dropout_p, seed_list, strict=True):
-            dA.append(_wgrad(x, t_i, 1.0, p, seed, True, a))
+        for a, column, p, seed in zip(lora_A, columns, dropout_p, seed_list, strict=True):
+            dA.append(_wgrad(x, column, 1.0, p, seed, True, a))
     if need_dx:
-        dx = _grad_x(dy, weight, columns, rank, [a.contiguous() for a in lora_A], dropout_p, seed_list)
+        dx = _grad_x(dy, weight, columns, [a.contiguous() for a in lora_A], dropout_p, seed_list)
     return dx, dA, dB
 
 
 def _grad_x(
     dy: torch.Tensor,
     weight: torch.Tensor | Weight4bit,
-    columns: list[torch.Tensor],
-    rank: int,
+    columns: list[Column],
     lora_A: list[torch.Tensor],
     dropout_p: Sequence[float],
     seeds: list[int],
@@ -104,32 +102,38 @@ def _grad_x(
     adapters = list(zip(columns, lora_A, dropout_p, seeds, strict=True))
     if isinstance(weight, Weight4bit) and base.fused_backward(dy.shape[0], dy.dtype, weight):
         terms: list[tuple] = [
-            (t_i.data_ptr(), rank, a.data_ptr(), native.dtype_code(a.dtype), a.shape[0], p, seed)
-            for t_i, a, p, seed in adapters
+            (*column, a.data_ptr(), native.dtype_code(a.dtype), a.shape[0], p, seed) for column, a, p, seed in adapters
         ]
         return base.backward_fused(dy, weight, terms)
     dx = dy @ (base.decode(weight, dy.dtype) if isinstance(weight, Weight4bit) else weight)
     terms = [
-        (t_i.data_ptr(), rank, a.data_ptr(), native.dtype_code(a.dtype), False, a.shape[0], 1.0, p, seed)
-        for t_i, a, p, seed in adapters
+        (*column, a.data_ptr(), native.dtype_code(a.dtype), False, a.shape[0], 1.0, p, seed)
+        for column, a, p, seed in adapters
     ]
     _expand_add(dx, terms)
     return dx
 
 
-def _columns(s: torch.Tensor, lora_A: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+# Some columns of S or T: their address, and the floats from row to row. Slicing a tensor takes as long as ten of these.
+Column = tuple[int, int]
+
+
+def _columns(s: torch.Tensor, ranks: Sequence[int]) -> list[Column]:
     """The columns of S (or T) that belong to each adapter."""
-    return list(s.split([a.shape[0] for a in lora_A], dim=1))
+    address, ld, columns = s.data_ptr(), s.shape[1], []
+    for rank in ranks:
+        columns.append((address, ld))
+        address += 4 * rank
+    return columns
 
 
-def _seeds(seeds: torch.Tensor | None, lora_A: Sequence[torch.Tensor]) -> list[int]:
+def _seeds(seeds: torch.Tensor | None, ranks: Sequence[int]) -> list[int]:
     """The seeds as unsigned integers."""
-    return [0] * len(lora_A) if seeds is None else [seed % 2**64 for seed in seeds.tolist()]
+    return [0] * len(ranks) if seeds is None else [seed % 2**64 for seed in seeds.tolist()]
 
 
-def _shrink(x: torch.Tensor, p: torch.Tensor, p_is_kr: bool, alpha: float, drop: float, seed: int, s: torch.Tensor):
-    """s (M, r) = alpha * drop(x) P^T."""
-    rank = p.shape[1] if p_is_kr else p.shape[0]
+def _shrink(x: torch.Tensor, p: torch.Tensor, p_is_kr: bool, alpha: float, drop: float, seed: int, to: Column) -> None:
+    """The columns `to` of S = alpha * drop(x) P^T."""
     native.core().lora_shrink(
         x.data_ptr(),
         native.dtype_code(x.dtype),
@@ -138,17 +142,16 @@ def _shrink(x: torch.Tensor, p: torch.Tensor, p_is_kr: bool, alpha: float, drop:
         p.data_ptr(),
         native.dtype_code(p.dtype),
         p_is_kr,
-        rank,
+        p.shape[p_is_kr],
         alpha,
         drop,
         seed,
-        s.data_ptr(),
-        s.stride(0),
+        *to,
     )
 
 
 def _wgrad(
-    x: torch.Tensor, p: torch.Tensor, alpha: float, drop: float, seed: int, out_is_ri: bool, like: torch.Tensor
+    x: torch.Tensor, p: Column, alpha: float, drop: float, seed: int, out_is_ri: bool, like: torch.Tensor
 ) -> torch.Tensor:
     """alpha * drop(x)^T P, shaped and typed like the parameter it is the gradient of."""
     out = torch.empty(like.shape, dtype=like.dtype)
@@ -157,9 +160,8 @@ def _wgrad(
         native.dtype_code(x.dtype),
         *x.shape,
         x.stride(0),
-        p.data_ptr(),
-        p.stride(0),
-        p.shape[1],
+        *p,
+        like.shape[not out_is_ri],
         alpha,
         drop,
         seed,

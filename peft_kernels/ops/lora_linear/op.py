@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,39 +77,47 @@ def lora_linear(
     for s, lora_bias_i in zip(adapters.scaling, adapters.lora_bias, strict=True):
         if lora_bias_i is not None:
             bias = s * lora_bias_i if bias is None else bias + s * lora_bias_i
-    parts, meta = split_base(weight)
-    rows = x.reshape(-1, in_features)
-    tensors = (*parts, *adapters.lora_A, *adapters.lora_B)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *tensors)):
-        static = (len(parts), meta, adapters.scaling, adapters.dropout_p, backend)
-        y = _LoRALinear.apply(static, rows, bias, seeds, *tensors)
-    else:
+    observed = dispatch.observed(
+        x, bias, weight if isinstance(weight, torch.Tensor) else weight.packed, *adapters.lora_A, *adapters.lora_B
+    )
+    adapter_args = adapters.scaling, adapters.dropout_p, seeds, backend
+    tensors: tuple = (x, bias, *adapters.lora_A, *adapters.lora_B)
+    if torch.is_grad_enabled() and (
+        any(t is not None and t.requires_grad for t in tensors)
+        or (isinstance(weight, torch.Tensor) and weight.requires_grad)
+    ):
+        as_parts = isinstance(weight, torch.Tensor) or torch.compiler.is_compiling()
+        parts, meta = split_base(weight) if as_parts else ([], [])
+        static = (None if parts else weight, len(parts), meta, observed, adapters.scaling, adapters.dropout_p, backend)
+        return _LoRALinear.apply(static, x, bias, seeds, *parts, *adapters.lora_A, *adapters.lora_B)
+    if observed:
         y, _ = torch.ops.peft_kernels.lora_linear_forward(
-            rows,
-            parts,
-            meta,
-            bias,
-            adapters.lora_A,
-            adapters.lora_B,
-            adapters.scaling,
-            adapters.dropout_p,
-            seeds,
-            backend,
+            x, *split_base(weight), bias, adapters.lora_A, adapters.lora_B, *adapter_args
         )
-    return y.view(*x.shape[:-1], out_features)
+    else:
+        y, _ = _forward(x, weight, bias, adapters.lora_A, adapters.lora_B, *adapter_args)
+    return y
 
 
 class _LoRALinear(torch.autograd.Function):
+    """static: (4-bit weight or None, how many parts of a weight are among the tensors, meta, observed, ...).
+
+    A 4-bit weight comes as its parts where the compiler has to see them; else as it is, and nothing of it is saved.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, static: tuple, x: torch.Tensor, bias: Any, seeds: torch.Tensor | None, *tensors: torch.Tensor
     ):
-        n_parts, meta, scaling, dropout_p, backend = static
+        weight, n_parts, meta, observed, scaling, dropout_p, backend = static
         n = len(scaling)
-        parts, lora_A, lora_B = tensors[:n_parts], tensors[n_parts : n_parts + n], tensors[n_parts + n :]
-        y, s = torch.ops.peft_kernels.lora_linear_forward(
-            x, parts, meta, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend
-        )
+        parts, lora_A, lora_B = list(tensors[:n_parts]), tensors[n_parts : n_parts + n], tensors[n_parts + n :]
+        adapters = bias, lora_A, lora_B, scaling, dropout_p, seeds, backend
+        if observed:
+            parts, meta = (parts, meta) if weight is None else split_base(weight)
+            y, s = torch.ops.peft_kernels.lora_linear_forward(x, parts, meta, *adapters)
+        else:
+            y, s = _forward(x, parts[0] if weight is None else weight, *adapters)
         train_weight_or_A = any(ctx.needs_input_grad[4 : 4 + n_parts + n])
         ctx.save_for_backward(x if train_weight_or_A else None, s, seeds, *tensors)
         ctx.static, ctx.bias_dtype = static, None if bias is None else bias.dtype
@@ -117,51 +126,76 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
-        n_parts, meta, scaling, dropout_p, backend = ctx.static
+        weight, n_parts, meta, _, scaling, dropout_p, backend = ctx.static
         n = len(scaling)
         x, s, seeds, *tensors = ctx.saved_tensors
         parts, lora_A, lora_B = tensors[:n_parts], tensors[n_parts : n_parts + n], tensors[n_parts + n :]
         need = ctx.needs_input_grad
         needs = [need[1], any(need[4 + n_parts : 4 + n_parts + n]), any(need[4 + n_parts + n :])]
         dy = dy.contiguous()
-        dx, *grads = torch.ops.peft_kernels.lora_linear_backward(
-            dy, x, parts, meta, s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend
-        )
+        adapters = s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend
+        if dispatch.observed(dy):
+            parts, meta = (parts, meta) if weight is None else split_base(weight)
+            dx, *grads = torch.ops.peft_kernels.lora_linear_backward(dy, x, parts, meta, *adapters)
+        else:
+            dx, *grads = _backward(dy, x, join_base(parts, meta) if weight is None else weight, *adapters)
         dA = grads[:n] if needs[1] else [None] * n
         dB = grads[-n:] if needs[2] else [None] * n
-        dparts = [dy.t() @ x if need[4] else None] + [None] * (n_parts - 1)
-        dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need[2] else None
+        dparts = [None] * n_parts
+        rows = dy.view(-1, dy.shape[-1])
+        if n_parts and need[4]:
+            dparts[0] = rows.t() @ x.reshape(-1, x.shape[-1])
+        dbias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need[2] else None
         return None, dx if needs[0] else None, dbias, None, *dparts, *dA, *dB
 
 
+def _forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend):
+    if x.numel() == 0:
+        y, s = _forward_fake(x, None, None, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend)
+        return y.zero_() if bias is None else y.copy_(bias), s.zero_()
+    run = dispatch.implementation("lora_linear", backend).forward
+    if x.ndim == 2:
+        return run(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seeds)
+    y, s = run(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, scaling, dropout_p, seeds)
+    y.resize_(*x.shape[:-1], y.shape[1])  # unlike a view, it may be changed in place after autograd has seen it
+    return y, s
+
+
 @torch.library.impl(_lib, "lora_linear_forward", "CompositeExplicitAutograd")
-def _forward(x, parts, meta, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend):
-    if x.shape[0] == 0:
-        return _forward_fake(x, parts, meta, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend)
-    implementation = dispatch.implementation("lora_linear", backend)
-    return implementation.forward(x, join_base(parts, meta), bias, lora_A, lora_B, scaling, dropout_p, seeds)
+def _forward_op(x, parts, meta, *args):
+    return _forward(x, join_base(parts, meta), *args)
 
 
 @torch.library.register_fake("peft_kernels::lora_linear_forward", lib=_lib)
 def _forward_fake(x, parts, meta, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend):
     rank = sum(a.shape[0] for a in lora_A)
-    return x.new_empty((x.shape[0], lora_B[0].shape[0])), x.new_empty((x.shape[0], rank), dtype=torch.float32)
+    y = x.new_empty((*x.shape[:-1], lora_B[0].shape[0]))
+    return y, x.new_empty((math.prod(x.shape[:-1]), rank), dtype=torch.float32)
+
+
+def _backward(dy, x, weight, s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend):
+    if dy.numel() == 0:
+        outs = _backward_fake(dy, x, None, None, s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend)
+        return [out.zero_() for out in outs]
+    rows = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
+    x = x if x is None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    run = dispatch.implementation("lora_linear", backend).backward
+    dx, dA, dB = run(rows, x, weight, s, lora_A, lora_B, scaling, dropout_p, seeds, *needs)
+    if dx is None:
+        dx = dy.new_empty(0)
+    elif dy.ndim != 2:
+        dx.resize_(*dy.shape[:-1], dx.shape[1])
+    return [dx, *(dA if needs[1] else []), *(dB if needs[2] else [])]
 
 
 @torch.library.impl(_lib, "lora_linear_backward", "CompositeExplicitAutograd")
-def _backward(dy, x, parts, meta, s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend):
-    if dy.shape[0] == 0:
-        outs = _backward_fake(dy, x, parts, meta, s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend)
-        return [out.zero_() for out in outs]
-    dx, dA, dB = dispatch.implementation("lora_linear", backend).backward(
-        dy, x, join_base(parts, meta), s, lora_A, lora_B, scaling, dropout_p, seeds, *needs
-    )
-    return [dy.new_empty(0) if dx is None else dx, *(dA if needs[1] else []), *(dB if needs[2] else [])]
+def _backward_op(dy, x, parts, meta, *args):
+    return _backward(dy, x, join_base(parts, meta), *args)
 
 
 @torch.library.register_fake("peft_kernels::lora_linear_backward", lib=_lib)
 def _backward_fake(dy, x, parts, meta, s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend):
-    dx = dy.new_empty((dy.shape[0], lora_A[0].shape[1]) if needs[0] else (0,))
+    dx = dy.new_empty((*dy.shape[:-1], lora_A[0].shape[1]) if needs[0] else (0,))
     dA = [torch.empty_like(a) for a in lora_A] if needs[1] else []
     dB = [torch.empty_like(b) for b in lora_B] if needs[2] else []
     return [dx, *dA, *dB]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,21 +55,33 @@ def quantize_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     return codes, absmax2, offset
 
 
-def native_weight(weight: Weight4bit) -> object:
-    """The C++ view of a Weight4bit; it holds pointers, so the weight must outlive it."""
+def native_weight(weight: Weight4bit) -> Any:
+    """The C++ view of a Weight4bit; it holds pointers, so the weight must outlive it.
+
+    It is kept on the weight until a tensor has another address (its storage may be resized or swapped under it).
+    """
     nested = weight.nested
-    pointers = (
-        (0, 0, 0) if nested is None else tuple(t.data_ptr() for t in (nested.absmax2, nested.code, nested.offset))
-    )
-    return native.core().Weight4(
+    addresses = (
         weight.packed.data_ptr(),
         weight.absmax.data_ptr(),
-        *pointers,
+        *(
+            (0, 0, 0)
+            if nested is None
+            else (nested.absmax2.data_ptr(), nested.code.data_ptr(), nested.offset.data_ptr())
+        ),
+    )
+    kept = weight.__dict__.get("_native")
+    if kept is not None and kept[0] == addresses:
+        return kept[1]
+    view = native.core().Weight4(
+        *addresses,
         0 if nested is None else nested.blocksize,
         QUANT_TYPE_CODES[weight.quant_type],
         *weight.shape,
         weight.blocksize,
     )
+    weight.__dict__["_native"] = addresses, view
+    return view
 
 
 def dequantize(weight: Weight4bit, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
