@@ -15,6 +15,7 @@ import peft_kernels as pk
 from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Result, Work, checked, dtype_name
 from ..inputs import fresh, nf4_weight, replaced, unchanged
 from ..peers import bnb, dense
+from ..shapes import Layer
 from ..timing import copies_beyond_cache
 
 CPU_GOALS = {1: 2.5, 4: 2.0, 16: 1.6, 64: 1.3, 256: 1.3, 1024: 1.3}  # rows -> peer time / our time, 2 cores
@@ -28,11 +29,16 @@ def cases(options: Options) -> Iterator[Case]:
         for m in (1, *rows) if options.quick else rows:
             facts = {"M": m, "N": layer.n, "K": layer.k, "x": dtype_name(options.dtype), "weight": "nested NF4"}
             work = partial(inference, options, m, layer.n, layer.k)
-            yield Case(f"{layer}, M={m}", "inference", facts, work, goals(m) if options.judged(layer) else ())
+            yield Case(f"{layer}, M={m}", "inference", facts, work, goals(options, layer, m))
 
 
-def goals(m: int) -> tuple[Goal, ...]:
-    """The CPU goals for M rows."""
+def goals(options: Options, layer: Layer, m: int) -> tuple[Goal, ...]:
+    """The goals for M rows."""
+    if options.device.type != "cpu":
+        large = (Goal(dense.STREAM, OURS, at_least=0.7),) if m <= 16 and (layer.n, layer.k) == (14336, 4096) else ()
+        return (Goal(bnb.NAME, OURS, at_least=1.5 if m == 16 else 1.0), *large)
+    if not options.judged(layer):
+        return ()
     floor = (Goal(OURS, dense.NAME, at_most=1.0),) if m >= 16 else ()
     floor += (Goal(dense.STREAM, OURS, at_least=0.6),) if m == 1 else ()
     return (Goal(bnb.NAME, OURS, at_least=CPU_GOALS[m]), *floor)
@@ -69,7 +75,7 @@ def inference(options: Options, m: int, n: int, k: int) -> Work:
     work.add(dense.NAME, "floor", floor)
     if copies > 1:
         work.notes.append(f"{copies} copies of the weight in turn: {copies * weight.nbytes >> 20} MiB of 4-bit weights")
-    if m == 1:
+    if m == 1 or (options.device.type != "cpu" and m <= 16):
         calls, reader = dense.stream(weight.nbytes, options.device)
         work.add(dense.STREAM, "floor", lambda: calls)
         work.notes.append(f"streaming read: {weight.nbytes} bytes, as many as the packed weight has, by {reader}")

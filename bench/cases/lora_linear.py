@@ -14,12 +14,18 @@ import peft_kernels as pk
 
 from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Training, Work, checked, dtype_name
 from ..inputs import nf4_weight, replaced, unchanged
-from ..peers import dense, peft_bnb
-from ..shapes import RANK
+from ..peers import dense, lorafusion, peft_bnb, unsloth, unsloth_order
+from ..shapes import RANK, Layer
 
 # Rows -> peer time / our time on 2 cores with AVX512-BF16, with PEFT's default float32 adapters.
 CPU_GOALS = {16: 6.0, 64: 2.8, 256: 1.5, 1024: 1.18}
 GPU_ROWS = (512, 2048, 8192)
+GPU_GOALS = (  # 8192 rows, on H100
+    Goal(OURS, dense.NAME, at_most=1.15),
+    Goal(unsloth_order.NAME, OURS, at_least=1.2),
+    Goal(peft_bnb.NAME, OURS, at_least=1.6),
+    Goal(OURS, peft_bnb.NAME, at_most=0.6, measure="peak memory"),
+)
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -31,12 +37,15 @@ def cases(options: Options) -> Iterator[Case]:
                 facts |= {"adapters": dtype_name(adapters), "weight": "nested NF4"}
                 work = partial(train, options, m, layer.n, layer.k, RANK, adapters)
                 name = f"{layer} r={RANK}, {facts['adapters']} adapters, M={m}"
-                judged = goals(m, adapters) if options.judged(layer) else ()
-                yield Case(name, "forward + backward", facts, work, judged)
+                yield Case(name, "forward + backward", facts, work, goals(options, layer, m, adapters))
 
 
-def goals(m: int, adapters: torch.dtype) -> tuple[Goal, ...]:
-    """The CPU goals for M rows; those against the peer are set on its default, float32 adapters."""
+def goals(options: Options, layer: Layer, m: int, adapters: torch.dtype) -> tuple[Goal, ...]:
+    """The goals for M rows; on the CPU those against the peer are set on its default, float32 adapters."""
+    if options.device.type != "cpu":
+        return GPU_GOALS if m == max(GPU_ROWS) else ()
+    if not options.judged(layer):
+        return ()
     peer = (Goal(peft_bnb.NAME, OURS, at_least=CPU_GOALS[m]),) if adapters == torch.float32 else ()
     return peer + ((Goal(OURS, dense.NAME, at_most=1.12),) if m >= 64 else ())
 
@@ -65,6 +74,16 @@ def train(options: Options, m: int, n: int, k: int, r: int, adapters: torch.dtyp
         leaves = {"dx": x, "dA": layer.lora_A["default"].weight, "dB": layer.lora_B["default"].weight}
         return Training(lambda: layer(x), leaves, dy)
 
+    def compiled() -> list[Call]:  # not apart: a compiled backward pass frees what a second one would need
+        def wrap(model: torch.nn.Module) -> torch.nn.Module:
+            model.proj.compile(dynamic=False)
+            return model
+
+        return [module(wrap)]
+
+    def peer(function: Callable[..., torch.Tensor], weight: Any) -> Training:
+        return Training(lambda: function(x, weight, lora_A, lora_B, scaling), {"dx": x, "dA": lora_A, "dB": lora_B}, dy)
+
     def floor() -> list[Call]:
         dense_weight, rows = weight.dequantize(), x.detach()
         return [lambda: (F.linear(rows, dense_weight), dy @ dense_weight)]
@@ -73,6 +92,16 @@ def train(options: Options, m: int, n: int, k: int, r: int, adapters: torch.dtyp
     work.add(OURS, "ours", lambda: module(replaced), peft_bnb.why_not())
     work.add(FUNCTIONAL, "ours", lambda: training(pk.functional.lora_linear, x, lora_A, lora_B))
     work.add(peft_bnb.NAME, "peer", lambda: module(unchanged), peft_bnb.why_not())
+    long = "compiling takes long: left out of quick runs" if options.quick else None
+    work.add(peft_bnb.COMPILED, "peer", compiled, peft_bnb.why_not() or long)
+    work.add(unsloth_order.NAME, "peer", lambda: peer(unsloth_order.lora_linear, base.weight), unsloth_order.why_not())
+    work.add(unsloth.NAME, "peer", lambda: peer(unsloth.lora_linear, base.weight), unsloth.why_not(options.device))
+    work.add(
+        lorafusion.NAME,
+        "peer",
+        lambda: peer(lorafusion.lora_linear, weight.dequantize()),
+        lorafusion.why_not(options.device),
+    )
     work.add(dense.NAME, "floor", floor)
     work.notes.append("dense: forward + dX of the decoded base weight alone")
     return work

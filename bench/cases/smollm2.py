@@ -19,7 +19,7 @@ from peft_kernels.testing import assert_within_budget, error
 from .. import memory
 from ..case import OURS, Case, Goal, Options, Result, Work
 from ..environment import ROOT
-from ..peers import missing, peft_bnb
+from ..peers import liger, missing, peft_bnb
 from ..shapes import RANK
 from ..smollm2 import add_lora, float32_lora, load_smollm2, norms_trained, quantized_lora, replaced_lora, text_batches
 
@@ -47,6 +47,7 @@ MODELS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
     peft_bnb.NAME: quantized_lora,
     DENSE_LORA: add_lora,
     FLOOR: norms_trained,
+    liger.NAME: lambda model: liger.patched(quantized_lora(model)),
 }
 
 
@@ -117,7 +118,7 @@ def training_step(options: Options, seq: int, batch: int, steps: int) -> Work:
     def check(name: str) -> None:
         for key, actual in trace(name).items():
             assert torch.isfinite(actual).all() and actual.abs().max() > 0, f"{key}: zero or not finite"
-            if name == peft_bnb.NAME:
+            if name in (peft_bnb.NAME, liger.NAME):
                 truth = reference()[key]
                 relative = error(actual, truth)[1] / truth.square().mean().sqrt().item()
                 assert relative <= TOLERANCE, f"{key}: relative error {relative:.3g}"
@@ -128,6 +129,7 @@ def training_step(options: Options, seq: int, batch: int, steps: int) -> Work:
     need = peft_bnb.why_not()
     work.add(peft_bnb.NAME, "peer", lambda: contender(peft_bnb.NAME), need)
     work.add(OURS, "ours", lambda: contender(OURS), need)
+    work.add(liger.NAME, "peer", lambda: contender(liger.NAME), liger.why_not(device))
     work.add(DENSE_LORA, "floor", lambda: contender(DENSE_LORA), missing("peft"))
     work.add(FLOOR, "floor", lambda: contender(FLOOR))
     work.notes.append(f"checked over {steps} steps")

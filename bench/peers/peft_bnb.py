@@ -9,6 +9,7 @@ import torch
 from . import missing
 
 NAME = "peft + bitsandbytes"
+COMPILED = "peft + bitsandbytes, compiled"
 
 
 def why_not() -> str | None:
