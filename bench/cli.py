@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from . import aot as compiled
 from . import environment, plots, tables, timing
 from . import readme as readme_figures
 from .case import Case, Options
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 errors = Console(stderr=True)
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 Selection = Annotated[
     list[str] | None, typer.Argument(metavar="[CASE]...", help="groups, or GROUP/PATTERN; by default all")
 ]
@@ -90,6 +92,22 @@ def readme() -> None:
     path.write_text(readme_figures.updated(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
+@app.command()
+def aot() -> None:
+    """Compile every GPU kernel for every target without a GPU; write the table that the tests hold."""
+    before, rows = compiled.committed()["rows"], []
+    table = Table("target", "launch", "registers", "spills", "shared", "matrix", "SASS / weight", "against the table")
+    with Progress(*COLUMNS, console=errors, transient=True) as progress:
+        for row in progress.track(compiled.all_rows(), description="compiling"):
+            rows.append(row)
+            figures = [str(row[what]) if row[what] is not None else "" for what in compiled.NOT_MORE]
+            change = "; ".join(compiled.worse(row, before.get((row["target"], row["launch"]))))
+            table.add_row(row["target"], row["launch"], *figures[:3], ", ".join(row["matrix"]), figures[3], change)
+    wide_console().print(table)
+    compiled.write(rows)
+    errors.print(f"{len(rows)} rows in {compiled.PATH}")
+
+
 def options(shapes: list[str] | None, quick: bool, device: str, dtype: str) -> Options:
     """The options; an unknown shape is an error."""
     if unknown := set(shapes or ()) - set(SETS):
@@ -116,8 +134,7 @@ def run_group(group: str, cases: list[Case], plan: Plan, quick: bool) -> dict[st
     """The group's record, with a progress bar on the terminal."""
     started, record = time.perf_counter(), environment.record(plan.device)
     records = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
+    with Progress(*COLUMNS, console=errors, transient=True) as progress:
         overall, detail = progress.add_task(group, total=len(cases)), progress.add_task("", total=1)
         for case in cases:
 
@@ -149,9 +166,15 @@ def write(result: dict[str, Any], folder: Path) -> Path:
 def show(result: dict[str, Any]) -> None:
     """The table, on the terminal."""
     header, *rows = tables.table(result)
-    table = Table(title=f"{result['group']}: {environment.name(result['device'])}")
+    title = f"{result['group']}: {environment.name(result['device'])}"
+    table = Table(title=title, caption=tables.absent(result), caption_justify="left")
     for column in header:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    wide_console().print(table)
+
+
+def wide_console() -> Console:
+    """Standard output, wide enough for a table when it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 180)

@@ -46,10 +46,15 @@ def table(result: dict[str, Any]) -> list[list[str]]:
         for row in case["rows"]:
             rows.append([name, *row_cells(row), goals.pop(0) if goals else ""])
             name = ""
-        rows += [["", contender, f"absent: {why}", *blank] for contender, why in case["absent"].items()]
         rows += [["", "", "", *blank[1:], goal] for goal in goals]
     filled = [column for column in range(len(HEADER)) if any(row[column] for row in rows)]
     return [[row[column] for column in filled] for row in (HEADER, *rows)]
+
+
+def absent(result: dict[str, Any]) -> str:
+    """The peers that did not compete and why, each once; empty when all did."""
+    reasons = {f"{contender} ({why})": None for case in result["cases"] for contender, why in case["absent"].items()}
+    return f"Absent: {'; '.join(reasons)}." if reasons else ""
 
 
 def facts(result: dict[str, Any]) -> str:
@@ -65,4 +70,4 @@ def markdown(result: dict[str, Any]) -> str:
     header, *rows = table(result)
     lines = (header, ["---"] * len(header), *rows)
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"{facts(result)}\n\n{text}"
+    return "\n\n".join(part for part in (facts(result), text, absent(result)) if part)

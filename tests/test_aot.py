@@ -1,8 +1,13 @@
-"""Without a GPU, every kernel compiles for every target: no spills, within shared memory, on the matrix units."""
+"""Without a GPU, every kernel compiles for every target: no spills, within shared memory, on the matrix units.
+
+No figure may be worse than the committed table's, bench/results/aot.json.
+"""
 
 import functools
 
 import pytest
+
+from bench import aot as gate
 
 pytest.importorskip("triton")
 from peft_kernels.triton_common import interpreting
@@ -27,24 +32,30 @@ CASES = {f"{operation}-{case.name}": case for operation, case in aot.cases()}
 MACHINES = {machine.name: machine for machine in aot.MACHINES}
 
 
+COMMITTED = gate.committed()
+
+
 @functools.cache
-def compiled(kernel, arguments, options, machine):
+def _compiled(kernel, arguments, options, machine):
     return aot.compile_launch(_launches[kernel, arguments, options, machine], MACHINES[machine])
 
 
 _launches = {}
 
 
+def compiled(launch, target):
+    key = (launch.kernel.fn.__name__, repr(aot.specialize(launch)), repr(launch.options), target.name)
+    _launches[key] = launch
+    return _compiled(*key)
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("name", CASES)
 def test_compiles(name, machine):
     case, target = CASES[name], MACHINES[machine]
-    launches = aot.launches(case, target)
-    assert launches
-    for launch in launches:
-        key = (launch.kernel.fn.__name__, repr(aot.specialize(launch)), repr(launch.options), machine)
-        _launches[key] = launch
-        report = compiled(*key)
+    rows = list(gate.triton_rows(name.partition("-")[0], case, target, compiled))
+    assert rows
+    for row, report in rows:
         print(aot.row(case, target, report))
         assert report.spills == 0
         assert report.shared <= target.shared_limit
@@ -52,6 +63,55 @@ def test_compiles(name, machine):
             assert report.matrix_instructions, "no matrix instruction: the compiler dropped the product"
             if case.rows >= 64 and machine in NATIVE:
                 assert NATIVE[machine] in report.matrix_instructions
+        hold(row)
+
+
+def hold(row):
+    """No row may be worse than the committed one; other compilers are not compared."""
+    if COMMITTED["versions"]["triton"] == gate.versions()["triton"]:
+        worse = gate.worse(row, COMMITTED["rows"].get((row["target"], row["launch"])))
+        assert not worse, f"{row['launch']} on {row['target']}: {worse}; if it must be, `python -m bench aot`"
+
+
+@pytest.mark.parametrize("source", gate.cuda_sources(), ids=lambda path: path.name)
+@pytest.mark.parametrize("target", gate.CUDA_TARGETS)
+def test_cuda_file(source, target):
+    if reason := gate.cuda_why_not():
+        pytest.skip(reason)
+    for row in gate.cuda_rows(source, target):
+        assert row["spills"] == 0
+        if COMMITTED["versions"]["nvcc"] == gate.versions()["nvcc"]:
+            worse = gate.worse(row, COMMITTED["rows"].get((target, row["launch"])))
+            assert not worse, f"{row['launch']} on {target}: {worse}; if it must be, `python -m bench aot`"
+
+
+def test_a_worse_row_is_caught():
+    before = {"registers": 64, "spills": 0, "shared": 1024, "matrix": ["mma.sync"], "sass_per_weight": 7.5}
+    assert gate.worse(before, before) == []
+    for change in ({"registers": 65}, {"spills": 4}, {"shared": 2048}, {"sass_per_weight": 7.6}, {"matrix": []}):
+        assert len(gate.worse(before | change, before)) == 1
+    assert gate.worse(before, None) == ["it is not in the table"]
+
+
+def test_main_loop_is_counted():
+    loop = [".L_x_1:", *["/*0010*/ PRMT R1, R2, R3, R4 ;"] * 62, "/*0400*/ HMMA.16816.F32.BF16 R4, R8, R2, R4 ;"]
+    loop.append("/*0410*/ @P0 BRA `(.L_x_1) ;")
+    other = [".L_x_2:", *["/*0500*/ LDG.E R1, [R2] ;"] * 99, "/*0600*/ BRA `(.L_x_2) ;"]
+    tile = {"packed_ptr": None, "BLOCK_N": 128, "BLOCK_K": 64}
+    assert gate.sass_per_weight("\n".join(loop + other), tile, 4) == 64 / 64
+    assert gate.sass_per_weight("\n".join(other), tile, 4) is None
+
+
+def test_cuda_rows(tmp_path):
+    if reason := gate.cuda_why_not():
+        pytest.skip(reason)
+    source = tmp_path / "two.cu"
+    source.write_text("""
+        __global__ void scale(float* x) { __shared__ float s[32]; s[threadIdx.x] = x[threadIdx.x]; __syncthreads();
+                                          x[threadIdx.x] = 2 * s[31 - threadIdx.x]; }
+        __global__ void add(float* x) { x[threadIdx.x] += 1; }""")
+    shared = [(row["shared"], row["spills"], 0 < row["registers"] < 40) for row in gate.cuda_rows(source, "sm_90a")]
+    assert sorted(shared) == [(0, 0, True), (128, 0, True)]
 
 
 def test_list_is_complete():

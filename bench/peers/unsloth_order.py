@@ -1,4 +1,4 @@
-"""Unsloth's order of operations, for machines without unsloth: bitsandbytes' decode, a matmul, the adapters by addmm."""
+"""Unsloth's order of operations, where unsloth is absent: bitsandbytes' decode, a matmul, the adapters by addmm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from . import bnb
 
-NAME = "decode + matmul + addmm"
+NAME = "unsloth's order"
 
 
 def why_not() -> str | None:
