@@ -35,6 +35,7 @@ class Options:
     quick: bool = False  # a small shape: does it work, not how fast
     device: torch.device = CPU
     dtype: torch.dtype = torch.bfloat16
+    compiled: bool = True  # with the peers under torch.compile, which take long to compile
 
     def layers(self) -> list[Layer]:
         """The linear layers to measure: by default those which the goals of this device are set on."""
@@ -68,13 +69,18 @@ class Goal:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a benchmark; nothing is allocated before build()."""
+    """One row of a benchmark; nothing is allocated before build().
+
+    flops and nbytes are the operations that it must do and the fewest bytes that it must move: they give its floor.
+    """
 
     name: str
     op: str
     shape: dict[str, Any]
     work: Callable[[], Work]
     goals: tuple[Goal, ...] = ()
+    flops: float = 0
+    nbytes: float = 0
 
     def build(self, wanted: Callable[[str], bool] = lambda name: True) -> Work:
         """The work with its contenders made ready; peers that are not wanted are left out."""

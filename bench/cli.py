@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 import sys
@@ -17,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import aot as compiled
-from . import environment, plots, tables, timing
+from . import ceilings, environment, html, plots, profile, tables, timing
+from . import compare as comparison
 from . import readme as readme_figures
 from .case import Case, Options
 from .cases import GROUPS
@@ -61,22 +63,28 @@ def run(
     out: Annotated[Path | None, typer.Option(help="folder (bench/results/<device>; quick: build/bench)")] = None,
     quick: Quick = False,
     threads: Annotated[int, typer.Option(help="torch's threads; 0: its own choice")] = 0,
+    compiled: Annotated[bool, typer.Option(help="with the peers under torch.compile; never in quick runs")] = True,
+    seconds: Annotated[float, typer.Option(help="how long to time a case; 0: its own choice")] = 0,
 ) -> None:
     """Check and time the cases; print tables, write JSON and plots."""
     if threads:
         torch.set_num_threads(threads)
-    chosen = options(shapes, quick, device, dtype)
+    chosen = dataclasses.replace(options(shapes, quick, device, dtype), compiled=compiled and not quick)
     names = [name.strip() for name in peers.split(",") if name.strip()]
+    effort = timing.QUICK if quick else timing.FULL
     plan = Plan(
-        timing.QUICK if quick else timing.FULL,
+        effort.lasting(seconds) if seconds else effort,
         chosen.device,
         lambda peer: not names or any(name in peer for name in names),
+        ceilings.of(chosen.device, chosen.dtype, quick),
     )
     folder = out or default_folder(chosen)
     failed = False
     for group, cases in selected(selection, chosen):
-        result = run_group(group, cases, plan, quick)
-        path = write(result, folder)
+        path = folder / f"{group}.json"
+        for result in run_group(group, cases, plan, quick):
+            write(result, path)
+        plots.ratios(result, path.with_suffix(".png"))
         show(result)
         errors.print(f"{path} and its plot, after {result['elapsed_seconds']} s")
         if (result["load"] or 0) > 0.5 * result["device"]["cores"]:
@@ -108,6 +116,60 @@ def aot() -> None:
     errors.print(f"{len(rows)} rows in {compiled.PATH}")
 
 
+@app.command(name="ceilings")
+def measure_ceilings(
+    device: Device = "cpu",
+    dtype: Dtype = "bfloat16",
+    quick: Quick = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file")] = None,
+) -> None:
+    """Measure what memory and the vendor's GEMM reach here."""
+    chosen = options(None, quick, device, dtype)
+    found = ceilings.of(chosen.device, chosen.dtype, quick)
+    print(f"{environment.name(environment.machine(chosen.device))}: {tables.ceilings_text(found)}")
+    if out:
+        out.write_text(json.dumps({**environment.record(chosen.device), "ceilings": found}, indent=1), encoding="utf-8")
+
+
+@app.command(name="profile")
+def profile_worst(
+    folder: Annotated[Path, typer.Argument(help="results of a run")],
+    device: Device = "cpu",
+    dtype: Dtype = "bfloat16",
+    shapes: Shapes = None,
+    quick: Quick = False,
+    calls: Annotated[int, typer.Option(help="calls to profile")] = 10,
+) -> None:
+    """Rank the cases of a run, the worst first, and show where the time of the worst goes."""
+    ranked = profile.ranked(folder)
+    for score, group, name in ranked[:3]:
+        print(f"{score:.2f} of its goal, or of a peer's speed: {group}: {name}")
+    if ranked:
+        _, group, name = ranked[0]
+        chosen = options(shapes, quick, device, dtype)
+        print(profile.kernels(profile.find(group, name, chosen), chosen.device, calls))
+
+
+@app.command()
+def compare(old: Path, new: Path) -> None:
+    """Two results of the same group beside each other; exits with 1 when something of ours became slower."""
+    pair = [json.loads(path.read_text(encoding="utf-8")) for path in (old, new)]
+    table = Table(*comparison.HEADER, title=f"{pair[0]['group']}: {old} and {new}")
+    rows = list(comparison.changes(*pair))
+    for row in rows:
+        table.add_row(*row)
+    wide_console().print(table)
+    raise typer.Exit(1 if any("SLOWER" in row[-1] for row in rows) else 0)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="results of a run")]) -> None:
+    """Write DIR/report.html: every table and plot in one file that opens without a server."""
+    path = folder / "report.html"
+    path.write_text(html.page(folder), encoding="utf-8")
+    print(path)
+
+
 def options(shapes: list[str] | None, quick: bool, device: str, dtype: str) -> Options:
     """The options; an unknown shape is an error."""
     if unknown := set(shapes or ()) - set(SETS):
@@ -126,14 +188,16 @@ def selected(selection: list[str] | None, chosen: Options) -> Iterator[tuple[str
     if unknown := set(patterns) - set(GROUPS):
         raise typer.BadParameter(f"unknown group {', '.join(sorted(unknown))}; choose from {', '.join(GROUPS)}")
     for group, wanted in patterns.items():
-        cases = GROUPS[group](chosen)
-        yield group, [case for case in cases if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in wanted)]
+        named = [case for case in GROUPS[group](chosen) if any(fnmatch.fnmatchcase(case.name, p) for p in wanted)]
+        if not named:
+            raise typer.BadParameter(f"{group} has no case like {', '.join(wanted)}: see `python -m bench list`")
+        yield group, named
 
 
-def run_group(group: str, cases: list[Case], plan: Plan, quick: bool) -> dict[str, Any]:
-    """The group's record, with a progress bar on the terminal."""
-    started, record = time.perf_counter(), environment.record(plan.device)
-    records = []
+def run_group(group: str, cases: list[Case], plan: Plan, quick: bool) -> Iterator[dict[str, Any]]:
+    """The group's record after each of its cases, with a progress bar on the terminal."""
+    started = time.perf_counter()
+    result = {"group": group, **environment.record(plan.device), "quick": quick, "ceilings": plan.ceilings, "cases": []}
     with Progress(*COLUMNS, console=errors, transient=True) as progress:
         overall, detail = progress.add_task(group, total=len(cases)), progress.add_task("", total=1)
         for case in cases:
@@ -141,10 +205,10 @@ def run_group(group: str, cases: list[Case], plan: Plan, quick: bool) -> dict[st
             def tick(what: str, done: int, total: int, name: str = case.name) -> None:
                 progress.update(detail, description=f"{name}: {what}", completed=done, total=total)
 
-            records.append(run_case(case, plan, tick))
+            result["cases"].append(run_case(case, plan, tick))
             progress.advance(overall)
-    elapsed = round(time.perf_counter() - started, 1)
-    return {"group": group, **record, "quick": quick, "elapsed_seconds": elapsed, "cases": records}
+            result["elapsed_seconds"] = round(time.perf_counter() - started, 1)
+            yield result
 
 
 def default_folder(chosen: Options) -> Path:
@@ -154,13 +218,10 @@ def default_folder(chosen: Options) -> Path:
     )
 
 
-def write(result: dict[str, Any], folder: Path) -> Path:
-    """The JSON file of one group, and the plot beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['group']}.json"
+def write(result: dict[str, Any], path: Path) -> None:
+    """The JSON file of one group."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    plots.ratios(result, path.with_suffix(".png"))
-    return path
 
 
 def show(result: dict[str, Any]) -> None:

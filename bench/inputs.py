@@ -12,6 +12,11 @@ from .case import Options
 from .peers import bnb
 
 
+def nf4_bytes(n: int, k: int) -> int:
+    """Bytes of a nested NF4 weight: a nibble an element, a byte a block of 64, a float32 for 256 of those."""
+    return n * k // 2 + n * k // 64 + n * k // (64 * 64)
+
+
 def nf4_weight(options: Options, n: int, k: int) -> tuple[Any, pk.Weight4bit]:
     """The same nested NF4 weight as a bitsandbytes layer (None without bitsandbytes) and as a Weight4bit."""
     w = options.randn(n, k) * 0.02

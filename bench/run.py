@@ -10,6 +10,7 @@ import torch
 
 from . import memory
 from .case import OURS, Case, Goal, Work
+from .ceilings import floor_seconds
 from .timing import CPU, Effort, measure, quantiles, ratio
 
 Tick = Callable[[str, int, int], None]
@@ -17,11 +18,12 @@ Tick = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """How to run a case: how long, where, and against which peers."""
+    """How to run a case: how long, where, against which peers, and under which measured ceilings."""
 
     effort: Effort
     device: torch.device = CPU
     wanted: Callable[[str], bool] = lambda name: True
+    ceilings: dict[str, Any] | None = None
 
 
 def run_case(case: Case, plan: Plan, tick: Tick = lambda what, done, total: None) -> dict[str, Any]:
@@ -50,6 +52,9 @@ def run_case(case: Case, plan: Plan, tick: Tick = lambda what, done, total: None
         "case": case.name,
         "op": case.op,
         "shape": case.shape,
+        "flops": case.flops,
+        "nbytes": case.nbytes,
+        "floor_seconds": floor_seconds(plan.ceilings, case.flops, case.nbytes) if plan.ceilings else None,
         "rows": list(rows.values()),
         "absent": work.absent,
         "notes": work.notes,
@@ -73,7 +78,7 @@ def add_phases(work: Work, sound: list[str], rows: dict[str, dict[str, Any]], pl
     """Put the times of the forward and the backward pass apart, where the contenders have them, into their rows."""
     for phase in dict.fromkeys(phase for name in sound for phase in work.contenders[name].phases):
         calls = {name: work.contenders[name].phases[phase] for name in sound if phase in work.contenders[name].phases}
-        effort = plan.effort.part(4)
+        effort = plan.effort.lasting(plan.effort.seconds / 4)
         for name, samples in measure(calls, effort, lambda d, n, p=phase: tick(p, d, n), plan.device).items():
             rows[name].setdefault("phases", {})[phase] = quantiles(samples)
 

@@ -7,7 +7,10 @@ from typing import Any
 from . import environment
 
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
-HEADER = ["case", "contender", "check", "time (p20 - p80)", "forward", "backward", "peak", "time / ours", "goals"]
+HEADER = [
+    "case", "contender", "check", "time (p20 - p80)", "forward", "backward", "peak", "floor / time", "time / ours",
+    "goals",
+]  # fmt: skip
 
 
 def duration(seconds: float) -> str:
@@ -21,14 +24,15 @@ def size(nbytes: int | None) -> str:
     return "" if nbytes is None else f"{nbytes / 2**20:.3g} MiB" if nbytes < 1000 << 20 else f"{nbytes >> 20} MiB"
 
 
-def row_cells(row: dict[str, Any]) -> list[str]:
+def row_cells(row: dict[str, Any], floor: float | None) -> list[str]:
     """The cells of a contender, between its case and the goals."""
     time, times, phases = row.get("seconds"), row.get("time_over_ours"), row.get("phases", {})
     spent = f"{duration(time['p50'])} ({duration(time['p20'])} - {duration(time['p80'])})" if time else "-"
     apart = [duration(phases[name]["p50"]) if name in phases else "" for name in ("forward", "backward")]
     check = row["check"] if row["check"] != "failed" else f"failed: {row['why']}"
     peak = size(row.get("peak_memory_bytes"))
-    return [row["contender"], check, spent, *apart, peak, f"{times['p50']:.2f}" if times else ""]
+    reached = f"{floor / time['p50']:.0%}" if floor and time and row["kind"] != "floor" else ""
+    return [row["contender"], check, spent, *apart, peak, reached, f"{times['p50']:.2f}" if times else ""]
 
 
 def goal_text(goal: dict[str, Any]) -> str:
@@ -40,13 +44,13 @@ def goal_text(goal: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> list[list[str]]:
     """The header and the rows; a column without content is left out."""
-    rows, blank = [], [""] * 6
+    rows: list[list[str]] = []
     for case in result["cases"]:
         name, goals = case["case"], [goal_text(goal) for goal in case["goals"]]
         for row in case["rows"]:
-            rows.append([name, *row_cells(row), goals.pop(0) if goals else ""])
+            rows.append([name, *row_cells(row, case.get("floor_seconds")), goals.pop(0) if goals else ""])
             name = ""
-        rows += [["", "", "", *blank[1:], goal] for goal in goals]
+        rows += [[*[""] * (len(HEADER) - 1), goal] for goal in goals]
     filled = [column for column in range(len(HEADER)) if any(row[column] for row in rows)]
     return [[row[column] for column in filled] for row in (HEADER, *rows)]
 
@@ -62,7 +66,15 @@ def facts(result: dict[str, Any]) -> str:
     versions = result["versions"]
     known = ", ".join(f"{package} {versions[package]}" for package in environment.PACKAGES if versions.get(package))
     commit = (result["commit"] or "unknown")[:10]
-    return f"{environment.name(result['device'])}; {known}; {result['date'][:10]}, commit {commit}."
+    ceilings = result.get("ceilings")
+    measured = f" Ceilings measured in the same run: {ceilings_text(ceilings)}." if ceilings else ""
+    return f"{environment.name(result['device'])}; {known}; {result['date'][:10]}, commit {commit}.{measured}"
+
+
+def ceilings_text(ceilings: dict[str, Any]) -> str:
+    """What the machine reaches, with units."""
+    memory, gemm = ceilings["bytes_per_second"] / 1e9, ceilings["flops_per_second"] / 1e9
+    return f"{memory:.3g} GB/s ({ceilings['memory']}), {gemm:.3g} GFLOP/s ({ceilings['gemm']})"
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -30,9 +30,9 @@ class Effort:
     min_rounds: int = 7
     max_rounds: int = 60
 
-    def part(self, n: int) -> Effort:
-        """The n-th part of this effort."""
-        return replace(self, seconds=self.seconds / n)
+    def lasting(self, seconds: float) -> Effort:
+        """The same, of another length."""
+        return replace(self, seconds=seconds)
 
 
 FULL = Effort()

@@ -11,7 +11,7 @@ import torch
 import peft_kernels as pk
 
 from ..case import OURS, Call, Case, Goal, Options, Work, dtype_name
-from ..inputs import nf4_weight
+from ..inputs import nf4_bytes, nf4_weight
 from ..peers import bnb
 
 QUANTIZE_GOAL = 30.0  # bitsandbytes' time / our time, 2 cores with AVX-512
@@ -22,8 +22,10 @@ def cases(options: Options) -> Iterator[Case]:
     for layer in options.layers():
         facts = {"N": layer.n, "K": layer.k, "dtype": dtype_name(options.dtype), "weight": "nested NF4"}
         goals = (Goal(bnb.NAME, OURS, at_least=QUANTIZE_GOAL),) if options.judged(layer) else ()
-        yield Case(f"quantize {layer}", "quantize", facts, partial(quantize, options, layer.n, layer.k), goals)
-        yield Case(f"dequantize {layer}", "dequantize", facts, partial(dequantize, options, layer.n, layer.k))
+        nbytes = nf4_bytes(layer.n, layer.k) + options.dtype.itemsize * layer.n * layer.k
+        for name, work, judged in (("quantize", quantize, goals), ("dequantize", dequantize, ())):
+            made = partial(work, options, layer.n, layer.k)
+            yield Case(f"{name} {layer}", name, facts, made, judged, nbytes=nbytes)
 
 
 def quantize(options: Options, n: int, k: int) -> Work:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import peft_kernels as pk
 
 from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Result, Work, checked, dtype_name
-from ..inputs import fresh, nf4_weight, replaced, unchanged
+from ..inputs import fresh, nf4_bytes, nf4_weight, replaced, unchanged
 from ..peers import bnb, dense
 from ..shapes import Layer
 from ..timing import copies_beyond_cache
@@ -29,7 +29,9 @@ def cases(options: Options) -> Iterator[Case]:
         for m in (1, *rows) if options.quick else rows:
             facts = {"M": m, "N": layer.n, "K": layer.k, "x": dtype_name(options.dtype), "weight": "nested NF4"}
             work = partial(inference, options, m, layer.n, layer.k)
-            yield Case(f"{layer}, M={m}", "inference", facts, work, goals(options, layer, m))
+            nbytes = nf4_bytes(layer.n, layer.k) + options.dtype.itemsize * m * (layer.n + layer.k)
+            flops = 2 * m * layer.n * layer.k
+            yield Case(f"{layer}, M={m}", "inference", facts, work, goals(options, layer, m), flops, nbytes)
 
 
 def goals(options: Options, layer: Layer, m: int) -> tuple[Goal, ...]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import peft_kernels as pk
 
 from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Training, Work, checked, dtype_name
-from ..inputs import nf4_weight, replaced, unchanged
+from ..inputs import nf4_bytes, nf4_weight, replaced, unchanged
 from ..peers import dense, lorafusion, peft_bnb, unsloth, unsloth_order
 from ..shapes import RANK, Layer
 
@@ -37,7 +37,11 @@ def cases(options: Options) -> Iterator[Case]:
                 facts |= {"adapters": dtype_name(adapters), "weight": "nested NF4"}
                 work = partial(train, options, m, layer.n, layer.k, RANK, adapters)
                 name = f"{layer} r={RANK}, {facts['adapters']} adapters, M={m}"
-                yield Case(name, "forward + backward", facts, work, goals(options, layer, m, adapters))
+                # x W^T and dY W; the adapters' products are three each way
+                flops = 4 * m * layer.n * layer.k + 6 * m * RANK * (layer.n + layer.k)
+                nbytes = 2 * nf4_bytes(layer.n, layer.k) + 2 * options.dtype.itemsize * m * (layer.n + layer.k)
+                judged = goals(options, layer, m, adapters)
+                yield Case(name, "forward + backward", facts, work, judged, flops, nbytes)
 
 
 def goals(options: Options, layer: Layer, m: int, adapters: torch.dtype) -> tuple[Goal, ...]:
@@ -92,8 +96,8 @@ def train(options: Options, m: int, n: int, k: int, r: int, adapters: torch.dtyp
     work.add(OURS, "ours", lambda: module(replaced), peft_bnb.why_not())
     work.add(FUNCTIONAL, "ours", lambda: training(pk.functional.lora_linear, x, lora_A, lora_B))
     work.add(peft_bnb.NAME, "peer", lambda: module(unchanged), peft_bnb.why_not())
-    long = "compiling takes long: left out of quick runs" if options.quick else None
-    work.add(peft_bnb.COMPILED, "peer", compiled, peft_bnb.why_not() or long)
+    left_out = None if options.compiled else "left out of this run: it takes long to compile"
+    work.add(peft_bnb.COMPILED, "peer", compiled, peft_bnb.why_not() or left_out)
     work.add(unsloth_order.NAME, "peer", lambda: peer(unsloth_order.lora_linear, base.weight), unsloth_order.why_not())
     work.add(unsloth.NAME, "peer", lambda: peer(unsloth.lora_linear, base.weight), unsloth.why_not(options.device))
     work.add(

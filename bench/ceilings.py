@@ -1,0 +1,39 @@
+"""The measured ceilings of a machine: what memory and the vendor's matrix product reach. Floors are made from them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from .peers import dense
+from .timing import QUICK, Effort, measure
+
+_BYTES = {"cpu": dense.STREAM_BYTES, "gpu": 2 << 30}
+_SIDE = {"cpu": 2048, "gpu": 8192}
+
+
+@functools.cache
+def of(device: torch.device, dtype: torch.dtype, quick: bool = False) -> dict[str, Any]:
+    """bytes_per_second of a streaming read (GPU: a copy, read plus written), flops_per_second of a square GEMM."""
+    kind = "cpu" if device.type == "cpu" else "gpu"
+    nbytes, side = (16 << 20, 512) if quick else (_BYTES[kind], _SIDE[kind])
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
+    chunk = nbytes if kind == "gpu" else nbytes // 8
+    reads, how = dense.stream(chunk, device)
+    effort = QUICK if quick else Effort(seconds=2.0)
+    times = measure({"read": reads, "gemm": [lambda: a @ b]}, effort, device=device)
+    return {
+        "bytes_per_second": chunk / min(times["read"]),
+        "flops_per_second": 2 * side**3 / min(times["gemm"]),
+        "memory": f"{how} of {chunk >> 20} MiB",
+        "gemm": f"{side} x {side} x {side} {str(dtype).removeprefix('torch.')}",
+    }
+
+
+def floor_seconds(ceilings: dict[str, Any], flops: float, nbytes: float) -> float | None:
+    """The time that neither the arithmetic nor the traffic can undercut; None when a case states neither."""
+    if not flops and not nbytes:
+        return None
+    return max(flops / ceilings["flops_per_second"], nbytes / ceilings["bytes_per_second"])

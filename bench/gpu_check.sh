@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# One unattended visit to a machine with a GPU, in order of worth. Each step has a time limit, its result is kept as soon
+# as it ends, and none that fails stops the others: the exit status is always 0, and OUT/summary.txt tells.
+#
+#   bench/gpu_check.sh OUT [minutes]              OUT receives summary.txt and visit.tar.gz (logs, JSON, plots, profiles)
+#   DRY_RUN=1 bench/gpu_check.sh OUT [minutes]    the same steps on the CPU, with Triton's interpreter and small shapes
+#
+# PYTHON  the Python to use: by default .venv/bin/python where it runs, else python3
+# CASES   what to measure, as `python -m bench run` takes it
+set -uo pipefail
+
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+minutes=${2:-9}
+cd "$(dirname "$0")/.."
+deadline=$((SECONDS + minutes * 60))
+python=${PYTHON:-.venv/bin/python}
+"$python" -c "" 2>/dev/null || python=python3
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+visit=$(mktemp -d)
+trap 'rm -rf "$visit"' EXIT
+
+read -r -a groups <<<"${CASES:-lora_linear linear_4bit codec smollm2_step}"
+where=(--device cuda)
+effort=(--shapes llama-3.1-8b --no-compiled --seconds 1.5)
+tests=(tests)
+if [ -n "${DRY_RUN:-}" ]; then
+  export TRITON_INTERPRET=1 PEFT_KERNELS_BACKEND=triton
+  read -r -a groups <<<"${CASES:-linear_4bit/*M=16 codec}"
+  where=(--device cpu --dtype float16 --quick)
+  effort=(--seconds 0.01)
+  tests=(tests/test_triton_nf4.py)
+fi
+
+# step NAME LIMIT COMMAND...: run for at most LIMIT seconds and no longer than the visit; keep the log.
+step() {
+  local name=$1 limit=$2 left=$((deadline - SECONDS)) started=$SECONDS status=0
+  shift 2
+  [ "$limit" -gt "$left" ] && limit=$left
+  if [ "$limit" -lt 5 ]; then
+    echo "$name: no time left" | tee -a "$out/summary.txt"
+    return
+  fi
+  timeout --kill-after=10 "$limit" "$@" >"$visit/$name.log" 2>&1 || status=$?
+  printf '%-28s status %3d after %3d s\n' "$name" "$status" $((SECONDS - started)) | tee -a "$out/summary.txt"
+  [ "$status" -eq 0 ] || tail -n 3 "$visit/$name.log" | sed 's/^/    /' | tee -a "$out/summary.txt"
+  tar -czf "$out/visit.tar.gz" -C "$visit" .
+}
+
+# skip NAME REASON: a step that cannot run here.
+skip() {
+  printf '%-28s skipped: %s\n' "$1" "$2" | tee -a "$out/summary.txt"
+}
+
+: >"$out/summary.txt"
+step environment 60 "$python" -m peft_kernels
+if command -v nvidia-smi >/dev/null; then step card 30 nvidia-smi -q; else skip card "there is no nvidia-smi"; fi
+step ceilings 90 "$python" -m bench ceilings "${where[@]}" --out "$visit/ceilings.json"
+
+build=cpu
+compgen -G "csrc/cuda/*.cu" >/dev/null && [ -z "${DRY_RUN:-}" ] && build=cuda
+step build 240 env PEFT_KERNELS_BUILD=$build "$python" setup.py --quiet build_ext --inplace
+
+step tests 240 "$python" -m pytest -q -m gpu -p no:cacheprovider "${tests[@]}"
+
+set -f
+for group in "${groups[@]}"; do
+  step "bench-${group%%/*}" 240 "$python" -m bench run "$group" "${where[@]}" "${effort[@]}" --out "$visit/results"
+done
+set +f
+if [ -z "${DRY_RUN:-}" ]; then # a case of each size of M, against the same peer compiled
+  step bench-compiled 240 "$python" -m bench run "lora_linear/*q, o*float32*" "${where[@]}" --shapes llama-3.1-8b \
+    --peers compiled --seconds 1.5 --out "$visit/compiled"
+fi
+
+if ! compgen -G "csrc/cuda/*.cu" >/dev/null; then
+  skip sanitizer "this version has no CUDA C++"
+elif ! command -v compute-sanitizer >/dev/null; then
+  skip sanitizer "there is no compute-sanitizer"
+else
+  step sanitizer 180 compute-sanitizer --tool memcheck --error-exitcode 1 \
+    "$python" -m pytest -q -m gpu -k native -p no:cacheprovider tests
+fi
+
+profile=("$python" -m bench profile "$visit/results" "${where[@]}")
+[ -n "${DRY_RUN:-}" ] || profile+=(--shapes llama-3.1-8b)
+step profile 120 "${profile[@]}"
+if command -v ncu >/dev/null; then
+  # the clocks stay as they are
+  step ncu 180 ncu --clock-control none --set basic --launch-skip 20 --launch-count 20 "${profile[@]}" --calls 2
+else
+  skip ncu "there is no ncu"
+fi
+step report 60 "$python" -m bench report "$visit/results"
+echo "visit over after $SECONDS s; results in $out" | tee -a "$out/summary.txt"
+exit 0
