@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,25 +95,32 @@ class Case:
 class Training:
     """A forward pass and its backward, measured together and apart.
 
-    forward() gives y; `leaves` names each gradient and the leaf it belongs to, {"dx": x}; upstream is dY.
+    forward() gives y; `leaves` names each gradient and the leaf it belongs to, {"dx": x}; upstream is dY. around():
+    a context that each pass is made in.
     """
 
     forward: Callable[[], torch.Tensor]
     leaves: dict[str, torch.Tensor]
     upstream: torch.Tensor
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
     def __call__(self) -> Result:
-        y = self.forward()
+        y = self._output()
         return {"y": y.detach(), **self._gradients(y, retain_graph=False)}
 
     def phases(self) -> dict[str, list[Call]]:
         """The two halves; the backward one runs over one retained graph, which it makes when first called."""
-        y = functools.cache(self.forward)
-        return {"forward": [self.forward], "backward": [lambda: self._gradients(y(), retain_graph=True)]}
+        y = functools.cache(self._output)
+        return {"forward": [self._output], "backward": [lambda: self._gradients(y(), retain_graph=True)]}
+
+    def _output(self) -> torch.Tensor:
+        with self.around():
+            return self.forward()
 
     def _gradients(self, y: torch.Tensor, retain_graph: bool) -> Result:
         leaves = list(self.leaves.values())
-        gradients = torch.autograd.grad(y, leaves, self.upstream, retain_graph=retain_graph)
+        with self.around():
+            gradients = torch.autograd.grad(y, leaves, self.upstream, retain_graph=retain_graph)
         return dict(zip(self.leaves, gradients, strict=True))
 
 

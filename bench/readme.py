@@ -9,8 +9,8 @@ import json
 import re
 from pathlib import Path
 
+from . import method_pick, tables
 from .environment import ROOT
-from .tables import markdown
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- figures: (?P<path>\S+\.json) -->\n)(?P<table>.*?)(<!-- end figures -->)", re.DOTALL)
@@ -28,6 +28,8 @@ def updated(text: str, root: Path = ROOT) -> str:
         path = root / match["path"]
         if not path.exists():
             return match[0]
-        return f"{match[1]}\n{markdown(json.loads(path.read_text(encoding='utf-8')))}\n\n{match[4]}"
+        result = json.loads(path.read_text(encoding="utf-8"))
+        markdown = method_pick.markdown if result["group"] == "methods" else tables.markdown
+        return f"{match[1]}\n{markdown(result)}\n\n{match[4]}"
 
     return BLOCK.sub(table, text)

@@ -77,9 +77,14 @@ def ceilings_text(ceilings: dict[str, Any]) -> str:
     return f"{memory:.3g} GB/s ({ceilings['memory']}), {gemm:.3g} GFLOP/s ({ceilings['gemm']})"
 
 
+def markdown_table(table: list[list[str]]) -> str:
+    """The header and the rows in Markdown."""
+    header, *rows = table
+    lines = (header, ["---"] * len(header), *rows)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table for the README, under its facts."""
-    header, *rows = table(result)
-    lines = (header, ["---"] * len(header), *rows)
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n\n".join(part for part in (facts(result), text, absent(result)) if part)
+    parts = (facts(result), markdown_table(table(result)), absent(result))
+    return "\n\n".join(part for part in parts if part)
