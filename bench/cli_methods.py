@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,19 +43,22 @@ def methods(
     max_overhead: Annotated[float, typer.Option(help="percent of slower inference; below 0: no limit")] = -1,
     tasks: Annotated[int, typer.Option(help="tasks that one base model serves")] = 1,
     quick: Quick = False,
+    seconds: Annotated[float, typer.Option(help="how long to time each of a method's three comparisons")] = 6.0,
     out: Annotated[Path | None, typer.Option(help="folder (bench/results/<device>; quick: build/bench)")] = None,
 ) -> None:
     """The PEFT methods beside each other on one base model, measured, and a pick for the given limits."""
     if model not in (*MODELS, TINY):
         raise typer.BadParameter(f"unknown model {model}; choose from {', '.join(MODELS)}, {TINY}")
     chosen = options(None, quick, device, dtype)
-    effort = timing.QUICK if quick else timing.Effort(seconds=6.0, min_rounds=5)
+    effort = timing.QUICK if quick else timing.Effort(seconds, min_rounds=5)
     setting = method_table.Setting(model, chosen.device, chosen.dtype, effort, batch, sequence)
     names = [name.strip().lower() for name in only.split(",") if name.strip()]
     wanted = tuple(method for method in METHODS if not names or method.name.lower() in names)
-    result = measure(setting, wanted, quick)
+    if not wanted:
+        raise typer.BadParameter(f"unknown method {only}; choose from {', '.join(method.name for method in METHODS)}")
     path = (out or default_folder(chosen)) / "methods.json"
-    write(result, path)
+    for result in measure(setting, wanted, quick):
+        write(result, path)
     header, *rows = method_pick.table(result)
     table = Table(*header, title=f"{model} on {environment.name(result['device'])}")
     for row in rows:
@@ -66,8 +70,8 @@ def methods(
     errors.print(str(path))
 
 
-def measure(setting: method_table.Setting, wanted: tuple[Any, ...], quick: bool) -> dict[str, Any]:
-    """The record of the table, with a progress bar on the terminal."""
+def measure(setting: method_table.Setting, wanted: tuple[Any, ...], quick: bool) -> Iterator[dict[str, Any]]:
+    """The record of the table after each method, with a progress bar on the terminal."""
     facts = {field.name: str(getattr(setting, field.name)) for field in dataclasses.fields(setting)[:3]}
     facts |= {"batch": setting.batch, "sequence": setting.sequence}
     result = {"group": "methods", **environment.record(setting.device), "quick": quick, "setting": facts, "rows": []}
@@ -77,7 +81,7 @@ def measure(setting: method_table.Setting, wanted: tuple[Any, ...], quick: bool)
             progress.update(bar, description=method.name)
             result["rows"].extend(method_table.rows(setting, (method,)))
             progress.advance(bar)
-    return result
+            yield result
 
 
 @app.command(name="tune")

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from . import environment
 
@@ -34,7 +35,9 @@ def ratios(result: dict[str, Any], target: Target) -> None:
     axes.set_yticks(range(len(bars)), [label for label, _, _ in bars], size=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="tab:blue")
     axes.set_xlabel("time / our time: right of the line, we are faster")
     axes.set_title(f"{result['group']} on {environment.name(result['device'])}", size=9)

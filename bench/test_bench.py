@@ -3,16 +3,18 @@
 import base64
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from bench import ceilings, cli, compare, environment, profile, readme, run, smollm2, timing
+from bench import ceilings, cli, compare, environment, memory, profile, readme, run, smollm2, timing
 from bench.case import OURS, Case, Contender, Goal, Options, Training, Work
 from bench.cases import GROUPS
 
@@ -25,8 +27,14 @@ def bench(*arguments):
     return subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True, check=False)
 
 
+def test_list_shows_the_cases():
+    done = bench("list", "codec", "--shapes", "qwen3-8b")
+    assert done.returncode == 0, done.stderr
+    assert "quantize qwen3-8b gate, up 12288x4096" in done.stdout
+
+
 def test_quick_run_writes_json_and_plot(tmp_path):
-    done = bench("run", "codec", "--quick", "--out", tmp_path)
+    done = bench("run", "codec", "--quick", "--peers", "bits", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "codec.json").read_text(encoding="utf-8"))
     rows = [row for case in result["cases"] for row in case["rows"]]
@@ -93,6 +101,10 @@ def test_compare_tells_slower_from_a_slower_machine(tmp_path):
     verdicts = {name: [row[-1] for row in compare.changes(old, new)] for name, new in (("m", machine), ("k", kernel))}
     assert set(verdicts["m"]) == {"the same", ""}
     assert all("SLOWER" in verdict for verdict in verdicts["k"] if verdict)
+    for name, result in (("old", old), ("new", kernel)):
+        cli.write(result, tmp_path / f"{name}.json")
+    done = bench("compare", tmp_path / "old.json", tmp_path / "new.json")
+    assert done.returncode == 1 and "SLOWER" in done.stdout, done.stderr
 
 
 def test_floor_is_the_larger_of_traffic_and_arithmetic():
@@ -194,6 +206,50 @@ def test_absent_peers_are_reported():
         "peer": "not installed: bitsandbytes",
         "broken": "ZeroDivisionError: division by zero",
     }
+
+
+def test_device_clock_flushes_before_each_call(monkeypatch):
+    """The order of things on a GPU, and milliseconds to seconds; the device is a stand-in."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.time = None
+
+        def record(self):
+            self.time = len(log)
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return float(end.time - self.time)
+
+    class Module:
+        Event = Event
+        synchronize = staticmethod(lambda: log.append("synchronize"))
+
+    class Flush:
+        device = "stand-in"
+        zero_ = staticmethod(lambda: log.append("flush"))
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    seconds = timing._device_seconds(itertools.cycle([lambda: log.append("call")]), 2, flush=Flush)
+    assert log == ["flush", "event", "call", "event"] * 2 + ["synchronize"]
+    assert seconds == 2e-3
+
+
+def test_memory_of_a_call_counts_its_scratch():
+    kept = threading.local()
+
+    def call():
+        if not hasattr(kept, "scratch"):
+            kept.scratch = torch.ones(16 << 20, dtype=torch.uint8)
+        return torch.ones(8 << 20, dtype=torch.uint8)
+
+    call()  # this thread's scratch is there already
+    peak = memory.of_call(call, timing.CPU)
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert 23 << 20 < peak < 30 << 20
 
 
 def test_quantiles():

@@ -1,0 +1,152 @@
+"""The method table and the cross-over rows: what they print follows from what was measured."""
+
+import json
+
+import pytest
+import torch
+
+from bench import method_pick, method_table, timing, tune
+from bench.case import FUNCTIONAL, Options, Training
+from bench.cases import linear_4bit
+from bench.method_pick import Limits
+from bench.methods import METHODS, TINY
+from bench.peers import dense
+from bench.test_bench import bench
+
+FAST = timing.Effort(seconds=0.02, sample=1e-5, min_rounds=3, max_rounds=3)
+SETTING = method_table.Setting(TINY, timing.CPU, torch.float32, FAST, batch=1, sequence=8)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    pytest.importorskip("peft")
+    wanted = tuple(method for method in METHODS if method.name in ("LoRA", "DoRA", "BitFit", "Prompt tuning"))
+    return {(row["method"], row["way"]): row for row in method_table.rows(SETTING, wanted)}
+
+
+def test_rows_are_measured(rows):
+    lora, fused = rows["LoRA", "unfused"], rows["LoRA", "fused"]
+    assert lora["trainable"] == fused["trainable"] > 0
+    assert lora["adapter_bytes"] == fused["adapter_bytes"] > 4 * lora["trainable"]
+    assert fused["step_seconds"]["p50"] > 0 and fused["layers"]["replaced"] == 14  # 2 blocks of 7 linear layers
+
+
+def test_what_is_left_after_merging(rows):
+    merged = rows["LoRA", "unfused"]["merge"]
+    assert merged["merges"] and merged["parameters"] == 0 and merged["error"] < 1e-5
+    assert rows["BitFit", "unfused"]["merge"]["parameters"] == rows["BitFit", "unfused"]["trainable"]  # its biases
+    assert not rows["Prompt tuning", "unfused"]["merge"]["merges"]
+
+
+def test_a_failing_method_is_a_row():
+    def refuse(model):
+        raise RuntimeError("this version cannot")
+
+    broken = method_table.Method("Broken", "", refuse)
+    (row,) = method_table.rows(SETTING, (broken,))
+    assert row["why_not"] == "RuntimeError: this version cannot"
+
+
+def test_a_wrong_kernel_gives_no_row(monkeypatch):
+    pytest.importorskip("peft")
+    right = method_table.pk.replace_layers
+
+    def wrong(model):
+        report = right(model)
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 1.01)
+        return report
+
+    monkeypatch.setattr(method_table.pk, "replace_layers", wrong)
+    found = {row["way"]: row for row in method_table.rows(SETTING, (METHODS[0],))}
+    assert "check failed" in found["fused"]["why_not"] and "why_not" not in found["unfused"]
+
+
+def row(trainable, memory, overhead, merged=None, adapter=100, step=1.0):
+    merge = {"merges": merged is not None} | ({} if merged is None else {"overhead": merged})
+    sizes = {"trainable": trainable, "model_bytes": memory, "step_peak_bytes": 0, "adapter_bytes": adapter}
+    return {**sizes, "overhead": {"p50": overhead}, "merge": merge, "step_seconds": {"p50": step}}
+
+
+def test_pick_keeps_to_the_limits():
+    big, small, slow = row(1000, 800, 0.5, merged=0.0), row(10, 100, 0.1), row(1000, 800, 0.5, merged=0.0, step=2.0)
+    rows = [slow, big, small, {"why_not": "absent"}]
+    assert method_pick.pick(rows, Limits()) is big
+    assert method_pick.pick(rows, Limits(memory=500)) is small
+    assert method_pick.pick(rows, Limits(overhead=0.05)) is big  # one task is merged
+    assert method_pick.pick(rows, Limits(overhead=0.2, tasks=2)) is small  # two cannot be
+    assert method_pick.pick(rows, Limits(memory=150, tasks=2)) is None  # a second adapter takes its bytes
+    assert method_pick.pick(rows, Limits(overhead=0.01, tasks=2)) is None
+
+
+def test_methods_command(tmp_path):
+    pytest.importorskip("peft")
+    tiny = ("--model", TINY, "--dtype", "float32", "--batch", 1, "--sequence", 8, "--only", "IA³", "--quick")
+    done = bench("methods", *tiny, "--tasks", 3, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "For 3 tasks: IA³" in done.stdout
+    result = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))
+    text = method_pick.markdown(result)
+    assert "| IA³ |" in text and "- 1 task: IA³" in text
+
+
+def test_tune_forces_each_way(monkeypatch):
+    (case,) = (case for case in tune.cases("linear_4bit", Options(quick=True)) if case.shape["M"] == 64)
+    work = case.build()
+    for name in work.contenders:
+        work.check(name)
+    if tune.FUSED not in work.contenders:
+        pytest.skip("this machine has no fused kernel")
+    from peft_kernels.ops.linear_4bit import native_calls
+
+    with monkeypatch.context() as patch:  # the decode is what only one of the ways calls
+        patch.setattr(native_calls, "decode", lambda *arguments: 1 / 0)
+        work.contenders[tune.FUSED].calls[0]()
+        with pytest.raises(ZeroDivisionError):
+            work.contenders[tune.DECODE].calls[0]()
+
+
+def test_tune_command(tmp_path):
+    done = bench("tune", "linear_4bit", "--quick", "--seconds", 0.05, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert '"forward 192x576": ' in done.stdout and (tmp_path / "tune_linear_4bit.json").exists()
+
+
+def test_tune_names_rows():
+    def record(m, forward, backward):
+        rows = [
+            {"contender": way, "phases": {"forward": {"p50": forward[i]}, "backward": {"p50": backward[i]}}}
+            for i, way in enumerate((tune.FUSED, tune.DECODE))
+        ]
+        return {"shape": {"M": m, "N": 8, "K": 4}, "rows": rows}
+
+    records = [record(1, (1, 4), (3, 2)), record(16, (2, 3), (3, 2)), record(64, (5, 4), (3, 2))]
+    forward, backward = tune.named_rows(records)
+    assert forward == '"forward 8x4": 16,  # 4.00 x at M=1, 1.50 x at M=16'
+    assert backward.startswith('"backward 8x4": 0,')
+
+
+def test_training_is_made_in_its_context():
+    entered = []
+
+    class Around:
+        def __enter__(self):
+            entered.append(1)
+
+        def __exit__(self, *error):
+            pass
+
+    x = torch.ones(2, requires_grad=True)
+    Training(lambda: 2 * x, {"dx": x}, torch.ones(2), Around)()
+    assert len(entered) == 2
+
+
+def test_two_runs_agree_on_the_ratio():
+    """Within 10 %: interleaved samples, the ratio within a round, the median over many rounds."""
+    options = Options(shapes=("llama-3.2-1b",))
+    case = next(case for case in linear_4bit.cases(options) if case.name.endswith("2048x2048, M=16"))
+    work = case.build(lambda peer: False)
+    calls = {name: work.contenders[name].calls for name in (FUNCTIONAL, dense.NAME)}
+    effort = timing.Effort(seconds=2.0, min_rounds=31, max_rounds=400)
+    first, second = (timing.measure(calls, effort) for _ in range(2))
+    ratios = [timing.ratio(times[dense.NAME], times[FUNCTIONAL])["p50"] for times in (first, second)]
+    assert max(ratios) / min(ratios) < 1.1, ratios
