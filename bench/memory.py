@@ -12,8 +12,19 @@ from typing import Any
 
 import torch
 
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+
+
+def _one_heap() -> None:
+    """From now on all threads share one heap: glibc would not give back the top of a thread's own, and hide its use."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+
+
+_one_heap()
 
 
 def measurable() -> bool:

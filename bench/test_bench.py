@@ -160,7 +160,8 @@ def pair(**times):
 def test_ratios_and_goals():
     goals = (Goal("slow", OURS, at_least=2.0), Goal(OURS, "slow", at_most=0.1))
     case = Case("c", "count", {}, lambda: pair(ours=(20_000, "ours"), slow=(100_000, "peer")), goals)
-    record = run.run_case(case, FAST)
+    plan = run.Plan(timing.Effort(seconds=0.05, sample=1e-4, min_rounds=31, max_rounds=31))
+    record = run.run_case(case, plan)
     slow = next(row for row in record["rows"] if row["contender"] == "slow")
     assert 2 < slow["time_over_ours"]["p50"] < 10
     assert [goal["met"] for goal in record["goals"]] == [True, False]
@@ -212,7 +213,7 @@ def test_device_clock_flushes_before_each_call(monkeypatch):
     """The order of things on a GPU, and milliseconds to seconds; the device is a stand-in."""
     log = []
 
-    class Event:
+    class Stamp:
         def __init__(self, enable_timing):
             self.time = None
 
@@ -224,7 +225,7 @@ def test_device_clock_flushes_before_each_call(monkeypatch):
             return float(end.time - self.time)
 
     class Module:
-        Event = Event
+        Event = Stamp
         synchronize = staticmethod(lambda: log.append("synchronize"))
 
     class Flush:
@@ -245,11 +246,11 @@ def test_memory_of_a_call_counts_its_scratch():
             kept.scratch = torch.ones(16 << 20, dtype=torch.uint8)
         return torch.ones(8 << 20, dtype=torch.uint8)
 
-    call()  # this thread's scratch is there already
-    peak = memory.of_call(call, timing.CPU)
-    if peak is None:
+    if not memory.measurable():
         pytest.skip("this system does not tell")
-    assert 23 << 20 < peak < 30 << 20
+    for _ in range(4):  # nor is what the heap keeps after a call mistaken for memory in use
+        call()  # this thread's scratch is there already
+        assert 23 << 20 < memory.of_call(call, timing.CPU) < 32 << 20
 
 
 def test_quantiles():
