@@ -6,29 +6,31 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from .case import dtype_name
 from .peers import dense
 from .timing import QUICK, Effort, measure
 
 _BYTES = {"cpu": dense.STREAM_BYTES, "gpu": 2 << 30}
-_SIDE = {"cpu": 2048, "gpu": 8192}
+_GEMM = {"cpu": (1024, 4096, 4096), "gpu": (8192, 8192, 8192)}  # rows, out_features, in_features
 
 
 @functools.cache
 def of(device: torch.device, dtype: torch.dtype, quick: bool = False) -> dict[str, Any]:
-    """bytes_per_second of a streaming read (GPU: a copy, read plus written), flops_per_second of a square GEMM."""
+    """bytes_per_second of a streaming read (GPU: a copy, read plus written), flops_per_second of a linear layer."""
     kind = "cpu" if device.type == "cpu" else "gpu"
-    nbytes, side = (16 << 20, 512) if quick else (_BYTES[kind], _SIDE[kind])
-    a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
+    nbytes, (m, n, k) = (16 << 20, (256, 512, 512)) if quick else (_BYTES[kind], _GEMM[kind])
+    x, w = (torch.randn(rows, k, device=device, dtype=dtype) for rows in (m, n))
     chunk = nbytes if kind == "gpu" else nbytes // 8
     reads, how = dense.stream(chunk, device)
     effort = QUICK if quick else Effort(seconds=2.0)
-    times = measure({"read": reads, "gemm": [lambda: a @ b]}, effort, device=device)
+    times = measure({"read": reads, "gemm": [lambda: F.linear(x, w)]}, effort, device=device)
     return {
         "bytes_per_second": chunk / min(times["read"]),
-        "flops_per_second": 2 * side**3 / min(times["gemm"]),
+        "flops_per_second": 2 * m * n * k / min(times["gemm"]),
         "memory": f"{how} of {chunk >> 20} MiB",
-        "gemm": f"{side} x {side} x {side} {str(dtype).removeprefix('torch.')}",
+        "gemm": f"{m} x {n} x {k} {dtype_name(dtype)}",
     }
 
 
