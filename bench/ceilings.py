@@ -12,7 +12,7 @@ from .case import dtype_name
 from .peers import dense
 from .timing import QUICK, Effort, measure
 
-_BYTES = {"cpu": dense.STREAM_BYTES, "gpu": 2 << 30}
+_BYTES = {"cpu": 32 << 20, "gpu": 2 << 30}  # of one call
 _GEMM = {"cpu": (1024, 4096, 4096), "gpu": (8192, 8192, 8192)}  # rows, out_features, in_features
 
 
@@ -20,16 +20,15 @@ _GEMM = {"cpu": (1024, 4096, 4096), "gpu": (8192, 8192, 8192)}  # rows, out_feat
 def of(device: torch.device, dtype: torch.dtype, quick: bool = False) -> dict[str, Any]:
     """bytes_per_second of a streaming read (GPU: a copy, read plus written), flops_per_second of a linear layer."""
     kind = "cpu" if device.type == "cpu" else "gpu"
-    nbytes, (m, n, k) = (16 << 20, (256, 512, 512)) if quick else (_BYTES[kind], _GEMM[kind])
+    nbytes, (m, n, k) = (2 << 20, (256, 512, 512)) if quick else (_BYTES[kind], _GEMM[kind])
     x, w = (torch.randn(rows, k, device=device, dtype=dtype) for rows in (m, n))
-    chunk = nbytes if kind == "gpu" else nbytes // 8
-    reads, how = dense.stream(chunk, device)
+    reads, how = dense.stream(nbytes, device)
     effort = QUICK if quick else Effort(seconds=2.0)
     times = measure({"read": reads, "gemm": [lambda: F.linear(x, w)]}, effort, device=device)
     return {
-        "bytes_per_second": chunk / min(times["read"]),
+        "bytes_per_second": nbytes / min(times["read"]),
         "flops_per_second": 2 * m * n * k / min(times["gemm"]),
-        "memory": f"{how} of {chunk >> 20} MiB",
+        "memory": f"{how} of {nbytes >> 20} MiB",
         "gemm": f"{m} x {n} x {k} {dtype_name(dtype)}",
     }
 
