@@ -1,6 +1,8 @@
 """Every operation as an nn.Module."""
 
+from .ops.gated_prompt_attention.module import GatedPromptAttention
 from .ops.linear_4bit.module import Linear4bit
 from .ops.lora_linear.module import LoRALinear
+from .ops.prefix_attention.module import PrefixAttention
 
-__all__ = ["Linear4bit", "LoRALinear"]
+__all__ = ["GatedPromptAttention", "Linear4bit", "LoRALinear", "PrefixAttention"]

@@ -5,12 +5,21 @@ from __future__ import annotations
 import torch
 
 from .dispatch import use_backend
+from .ops.gated_prompt_attention.reference import gated_prompt_attention
 from .ops.linear_4bit.reference import linear_4bit
 from .ops.lora_linear.reference import lora_linear
 from .ops.nf4.op import dequantize_reference
+from .ops.prefix_attention.reference import prefix_attention
 from .weight4bit import Weight4bit, check_weight4bit
 
-__all__ = ["dequantize_4bit", "linear_4bit", "lora_linear", "quantize_4bit"]
+__all__ = [
+    "dequantize_4bit",
+    "gated_prompt_attention",
+    "linear_4bit",
+    "lora_linear",
+    "prefix_attention",
+    "quantize_4bit",
+]
 
 
 def quantize_4bit(

@@ -23,8 +23,15 @@ ROOT_NAMES = {
     "restore_layers",
     "use_backend",
 }
-FUNCTIONS = {"dequantize_4bit", "linear_4bit", "lora_linear", "quantize_4bit"}
-MODULES = {"Linear4bit", "LoRALinear"}
+FUNCTIONS = {
+    "dequantize_4bit",
+    "gated_prompt_attention",
+    "linear_4bit",
+    "lora_linear",
+    "prefix_attention",
+    "quantize_4bit",
+}
+MODULES = {"GatedPromptAttention", "Linear4bit", "LoRALinear", "PrefixAttention"}
 
 SMALL_RUN = """
 import torch
