@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from ... import dispatch
-from ..prefix_attention.arguments import additive_mask, autocast, check_attention, check_gate, check_mask, check_prompt
+from ..prefix_attention.arguments import (
+    additive_mask,
+    autocast,
+    check_attention,
+    check_gate,
+    check_mask,
+    check_prompt,
+    rows_of_heads,
+)
 from . import reference
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
@@ -70,6 +78,7 @@ def gated_prompt_attention(
         return reference.gated_prompt_attention(
             q, k, v, prompt_k, prompt_v, gate, attn_mask=attn_mask, is_causal=is_causal, scale=scale
         )
+    q, prompt_k, prompt_v = rows_of_heads(q, prompt_k, prompt_v)
     if attn_mask is not None and is_causal:
         attn_mask = additive_mask(attn_mask, True, q.shape[2], k.shape[2], q.dtype, q.device)
         is_causal = False
@@ -111,7 +120,7 @@ def _forward(base, q, prompt_k, prompt_v, gate, scale, backend):
     if q.numel():
         gates = gate.float().expand(q.shape[1]).contiguous()
         dispatch.implementation("gated_prompt_attention", backend).forward(
-            q, prompt_k, prompt_v, base, lse, gates, scale, out
+            q, prompt_k, prompt_v, *rows_of_heads(base), lse, gates, scale, out
         )
     return out, lse
 

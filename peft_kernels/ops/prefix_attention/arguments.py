@@ -74,10 +74,18 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
+def rows_of_heads(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors with unit stride along the head's width, as every kernel reads them."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
 def additive_mask(
     attn_mask: torch.Tensor | None, is_causal: bool, length: int, keys: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor | None:
-    """The mask as four-dimensional addends to the scores, causality included, or None if nothing is masked."""
+    """The mask as four-dimensional addends to the scores, causality included, or None if nothing is masked.
+
+    Of `dtype` or float32: what torch's attention takes.
+    """
     if is_causal:
         causal = torch.ones(length, keys, dtype=torch.bool, device=device).tril()
         if attn_mask is None:
@@ -91,6 +99,8 @@ def additive_mask(
     if attn_mask.dtype == torch.bool:
         zeros = torch.zeros(attn_mask.shape, dtype=dtype, device=device)
         attn_mask = zeros.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask.dtype not in (dtype, torch.float32):
+        attn_mask = attn_mask.to(dtype)
     return attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
 
 

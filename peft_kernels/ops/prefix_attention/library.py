@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .arguments import rows_of_heads
+
 aten = torch.ops.aten
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -51,9 +53,13 @@ def backward(
     return _gpu_backward(dy, q, k, v, out, lse, mask, is_causal, scale)
 
 
+def token_major(t: torch.Tensor) -> torch.Tensor:
+    """An empty (B, H, S, D) laid out as (B, S, H, D): what the flash kernels return."""
+    return t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2)
+
+
 def _cpu_forward(q, k, v, mask, is_causal, scale):
     flash = aten._scaled_dot_product_flash_attention_for_cpu
-    q, k, v = (_unit_stride(t) for t in (q, k, v))
     if q.shape[1] == k.shape[1]:
         return flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
     rows = _group_as_rows(q, k, mask, is_causal)
@@ -69,7 +75,7 @@ def _cpu_forward(q, k, v, mask, is_causal, scale):
 
 def _cpu_backward(dy, q, k, v, out, lse, mask, is_causal, scale):
     flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dy, q, k, v, out = (_unit_stride(t) for t in (dy, q, k, v, out))
+    (dy,) = rows_of_heads(dy)
     if q.shape[1] == k.shape[1]:
         return flash(dy, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -103,10 +109,6 @@ def _of_sample(mask, b, k):
         return None
     sample = mask[b if mask.shape[0] > 1 else 0]
     return sample[None] if sample.shape[0] == 1 else sample.unflatten(0, (k.shape[1], -1))
-
-
-def _unit_stride(t):
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _flash_fits(q, k, mask, is_causal):

@@ -8,7 +8,15 @@ import torch
 
 from ... import dispatch
 from . import library, reference
-from .arguments import additive_mask, autocast, check_attention, check_mask, check_mask_is_constant, check_prompt
+from .arguments import (
+    additive_mask,
+    autocast,
+    check_attention,
+    check_mask,
+    check_mask_is_constant,
+    check_prompt,
+    rows_of_heads,
+)
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -71,6 +79,7 @@ def prefix_attention(
             q, k, v, prefix_k, prefix_v, attn_mask=attn_mask, is_causal=is_causal, scale=scale
         )
     check_mask_is_constant(attn_mask)
+    q, k, v, prefix_k, prefix_v = rows_of_heads(q, k, v, prefix_k, prefix_v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     mask = None
     if attn_mask is not None:
@@ -106,12 +115,12 @@ class _PrefixAttention(torch.autograd.Function):
 def _forward(q, k, v, prefix_k, prefix_v, mask, is_causal, scale, backend):
     if q.numel() == 0:
         return _forward_fake(q, k, v, prefix_k, prefix_v, mask, is_causal, scale, backend)
-    keys, lse = library.forward(q, k, v, mask, is_causal, scale)
-    lse = lse.contiguous()
+    implementation = dispatch.implementation("prefix_attention", backend)
+    keys, lse = implementation.keys_forward(q, k, v, mask, is_causal, scale)
     out = torch.empty_like(q)
     if keys.stride() == out.stride():
         out = keys  # merged in place
-    dispatch.implementation("prefix_attention", backend).forward(q, prefix_k, prefix_v, keys, lse, None, scale, out)
+    implementation.forward(q, prefix_k, prefix_v, keys, lse, None, scale, out)
     return out, lse
 
 
@@ -125,33 +134,20 @@ def _backward(dy, q, k, v, prefix_k, prefix_v, mask, out, lse, is_causal, scale,
     if q.numel() == 0:
         fakes = _backward_fake(dy, q, k, v, prefix_k, prefix_v, mask, out, lse, is_causal, scale, needs, backend)
         return [fake.zero_() for fake in fakes]
+    implementation = dispatch.implementation("prefix_attention", backend)
     dq, dk, dv = (q.new_empty(0) for _ in range(3))
     if needs[0] or needs[1]:
-        grads = library.backward(dy, q, k, v, out, lse, mask, is_causal, scale)
+        grads = implementation.keys_backward(dy, q, k, v, out, lse, mask, is_causal, scale)
         dq, dk, dv = (grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)
-    dprompts = dispatch.implementation("prefix_attention", backend).backward(
+    dprompts = implementation.backward(
         dy, q, prefix_k, prefix_v, out, lse, None, scale, dq if needs[0] else None, needs[2]
     )
-    return [
-        dq if needs[0] else q.new_empty(0),
-        *((dk, dv) if needs[1] else (q.new_empty(0), q.new_empty(0))),
-        *dprompts[:2],
-    ]
+    kept = ((dq, needs[0]), (dk, needs[1]), (dv, needs[1]))
+    return [*(t if keep else t.new_empty(0) for t, keep in kept), *dprompts[:2]]
 
 
 @torch.library.register_fake("peft_kernels::prefix_attention_backward", lib=_lib)
 def _backward_fake(dy, q, k, v, prefix_k, prefix_v, mask, out, lse, is_causal, scale, needs, backend):
-    nothing = q.new_empty(0)
-    return [
-        _token_major(q) if needs[0] else nothing,
-        *((_token_major(t) if needs[1] else torch.empty_like(nothing)) for t in (k, v)),
-        *(
-            (torch.empty(t.shape, dtype=t.dtype, device=t.device) if needs[2] else torch.empty_like(nothing))
-            for t in (prefix_k, prefix_v)
-        ),
-    ]
-
-
-def _token_major(t: torch.Tensor) -> torch.Tensor:
-    """An empty (B, H, S, D) laid out as (B, S, H, D): what the flash kernels return."""
-    return t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2)
+    shaped = [*(library.token_major(t) for t in (q, k, v)), *(t.new_empty(t.shape) for t in (prefix_k, prefix_v))]
+    wanted = (needs[0], needs[1], needs[1], needs[2], needs[2])
+    return [t if keep else t.new_empty(0) for t, keep in zip(shaped, wanted, strict=True)]
