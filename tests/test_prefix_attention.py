@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_support import concatenated
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
 from peft_kernels import dispatch
-from peft_kernels.ops.prefix_attention.arguments import additive_mask
 from peft_kernels.testing import assert_within_budget
 
 OP = "prefix_attention"
@@ -39,16 +38,6 @@ def band(length, keys, width=5):
 def padding(batch, keys):
     """Keys of each sample, the first sample's all masked."""
     return torch.arange(keys)[None, None, None, :] < torch.arange(batch).mul(3)[:, None, None, None]
-
-
-def concatenated(q, k, v, prefix_k, prefix_v, *, attn_mask=None, is_causal=False, scale=None):
-    """What one writes without the operation: torch's attention over the prefix, repeated, and the keys."""
-    (batch, heads, length, _), keys, prefix = q.shape, k.shape[2], prefix_k.shape[1]
-    mask = additive_mask(attn_mask, is_causal, length, keys, q.dtype, q.device)
-    if mask is not None:
-        mask = F.pad(mask.to(q.dtype).expand(-1, -1, length, keys), (prefix, 0))
-    k, v = (torch.cat([p.to(q.dtype).expand(batch, -1, -1, -1), t], dim=2) for p, t in ((prefix_k, k), (prefix_v, v)))
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=heads != k.shape[1])
 
 
 class Case:

@@ -16,7 +16,12 @@ from peft_kernels.triton_common import interpreting
 from peft_kernels.triton_common.decode import decode_asm
 
 HERE = Path(__file__).parent
-INTERPRETED = ["test_triton_nf4.py", "test_triton_linear_4bit.py", "test_triton_lora_linear.py"]
+INTERPRETED = [
+    "test_triton_nf4.py",
+    "test_triton_linear_4bit.py",
+    "test_triton_lora_linear.py",
+    "test_triton_prefix_attention.py",
+]
 
 
 @pytest.mark.skipif(interpreting() or torch.cuda.is_available(), reason="the kernels' tests run by themselves here")
