@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ... import native
@@ -51,7 +53,14 @@ def keys_backward(
 
 def _own_keys(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether our kernel takes the keys too, each sample's as a prompt of its own."""
-    return mask is None and q.dtype == torch.bfloat16 and q.shape[2] > 1 and 0 < k.shape[2] <= _OWN_KEYS
+    measured = q.dtype == torch.bfloat16 and native.core().isa() == "avx512bf16" and not _has_amx()
+    return measured and mask is None and q.shape[2] > 1 and 0 < k.shape[2] <= _OWN_KEYS
+
+
+@functools.cache
+def _has_amx() -> bool:
+    """torch's attention uses AMX where a processor has it; against that our kernel was never measured."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def forward(
