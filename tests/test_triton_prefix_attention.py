@@ -13,7 +13,8 @@ SHAPES = {
     "one-row": (2, 2, 2, 1, 5, 32, 1),
     "decode-grouped": (2, 4, 1, 1, 9, 64, 17),
     "primes": (2, 4, 2, 37, 37, 40, 70),
-    "wide": (1, 1, 1, 33, 20, 256, 40),
+    "wide": (1, 1, 1, 33, 20, 256, 40),  # float32: by torch's products
+    "widest": (2, 4, 2, 7, 7, 264, 9),  # by torch's products
 }
 
 

@@ -50,7 +50,7 @@ def _prompt_attention_fwd_kernel(
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         k = _load_rows(k_ptr, p, P, D, stride_kl, BLOCK_D)
-        s = _scores(q, k.to(q.dtype), p, P, scale, PIECES, BLOCK_L, BLOCK_P)
+        s = _scores(q, k, p, P, scale, PIECES, BLOCK_L, BLOCK_P)
         higher = tl.maximum(most, tl.max(s, 1))
         weight = tl.exp(s - higher[:, None])
         shrink = tl.exp(most - higher)
@@ -98,7 +98,7 @@ def _prompt_attention_dq_kernel(
         delta = tl.zeros([BLOCK_L], tl.float32)
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
-            k = _load_rows(k_ptr, p, P, D, stride_kl, BLOCK_D).to(q.dtype)
+            k = _load_rows(k_ptr, p, P, D, stride_kl, BLOCK_D)
             weight = tl.exp(_scores(q, k, p, P, scale, PIECES, BLOCK_L, BLOCK_P) - lse[:, None])
             v = _load_rows(v_ptr, p, P, D, stride_vl, BLOCK_D)
             delta += tl.sum(weight * dot_wide(dy, tl.trans(v), zeros, PIECES), 1)
@@ -111,7 +111,7 @@ def _prompt_attention_dq_kernel(
         dq = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
-            k = _load_rows(k_ptr, p, P, D, stride_kl, BLOCK_D).to(q.dtype)
+            k = _load_rows(k_ptr, p, P, D, stride_kl, BLOCK_D)
             weight = tl.exp(_scores(q, k, p, P, scale, PIECES, BLOCK_L, BLOCK_P) - lse[:, None])
             v = _load_rows(v_ptr, p, P, D, stride_vl, BLOCK_D)
             dp = dot_wide(dy, tl.trans(v), zeros, PIECES)
@@ -139,7 +139,6 @@ def _prompt_attention_dkv_kernel(
     own, kv_head = (head // kv_heads).to(tl.int64), head % kv_heads
     k = _load_rows(k_ptr + own * stride_kb + kv_head * stride_kh, p, P, D, stride_kl, BLOCK_D)
     v = _load_rows(v_ptr + own * stride_vb + kv_head * stride_vh, p, P, D, stride_vl, BLOCK_D)
-    k, v = k.to(q_ptr.dtype.element_ty), v.to(q_ptr.dtype.element_ty)
     dk = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     zeros = tl.zeros([BLOCK_P, BLOCK_L], tl.float32)

@@ -10,7 +10,7 @@ import triton
 from ...triton_common import why_not_tensors
 from ...triton_common.launch import launch, target
 from ...triton_common.planes import split_count, sum_planes
-from . import library
+from . import explicit, library
 from .arguments import rows_of_heads
 from .triton_device import _prompt_attention_dkv_kernel, _prompt_attention_dq_kernel, _prompt_attention_fwd_kernel
 
@@ -23,15 +23,14 @@ class _Tile(NamedTuple):
     num_warps: int
 
 
-# By whether products are of 16 bits, and by the padded width of a head. Set from compiled objects (no spills on any
-# target), not measured.
+# By whether products are of 16 bits, and by the padded width of a head; others go by torch's products. Set from
+# compiled objects, not measured: no spills on any target. In float32 each operand is three of bfloat16, which a wide
+# head's rows do not leave registers for.
 _TILES = {
-    (True, 64): _Tile(64, 64, 4),
-    (True, 128): _Tile(64, 32, 4),
-    (True, 256): _Tile(32, 32, 8),
-    (False, 64): _Tile(32, 32, 4),
-    (False, 128): _Tile(32, 16, 8),
-    (False, 256): _Tile(16, 16, 8),
+    (True, 64): _Tile(64, 32, 4),
+    (True, 128): _Tile(32, 32, 4),
+    (True, 256): _Tile(16, 32, 4),
+    (False, 64): _Tile(32, 16, 8),
 }
 
 
@@ -62,6 +61,8 @@ def forward(
     out: torch.Tensor,
 ) -> None:
     """Write `out` and `lse`; see `native_calls.forward`."""
+    if _key(q) not in _TILES:
+        return explicit.forward(q, prompt_k, prompt_v, base, lse, gate, scale, out)
     shared, tile = _arguments(q, prompt_k, prompt_v, gate, scale)
     batch, heads, length, _ = q.shape
     launch(
@@ -90,6 +91,8 @@ def backward(
     need_prompts: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dprompt_k, dprompt_v, dgate or None); see `native_calls.backward`."""
+    if _key(q) not in _TILES:
+        return explicit.backward(dy, q, prompt_k, prompt_v, out, lse, gate, scale, dq, need_prompts)
     (dy,) = rows_of_heads(dy)
     shared, tile = _arguments(q, prompt_k, prompt_v, gate, scale)
     batch, heads, length, _ = q.shape
@@ -158,10 +161,10 @@ def _arguments(
     q: torch.Tensor, prompt_k: torch.Tensor, prompt_v: torch.Tensor, gate: torch.Tensor | None, scale: float
 ) -> tuple[dict[str, Any], _Tile]:
     """What every kernel takes, and its tile."""
-    half = q.dtype != torch.float32
     width, prompt = q.shape[3], prompt_k.shape[-2]
-    block_d = max(64, triton.next_power_of_2(width))
-    tile = _TILES[half, min(block_d, 256)]
+    half, block_d = _key(q)
+    prompt_k, prompt_v = prompt_k.to(q.dtype), prompt_v.to(q.dtype)
+    tile = _TILES[half, block_d]
     tile = tile._replace(block_p=max(16, min(tile.block_p, triton.next_power_of_2(prompt))))
     tile = tile._replace(block_l=max(16, min(tile.block_l, triton.next_power_of_2(q.shape[2]))))
     shared = {
@@ -187,6 +190,11 @@ def _arguments(
         "num_stages": 1,
     }
     return shared, tile
+
+
+def _key(q: torch.Tensor) -> tuple[bool, int]:
+    """Of `_TILES`."""
+    return q.dtype != torch.float32, max(64, triton.next_power_of_2(q.shape[3]))
 
 
 def _strides(letter: str, t: torch.Tensor | None) -> dict[str, int]:
