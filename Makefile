@@ -26,7 +26,7 @@ lint: .venv/installed
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 bench: build
-	$(PY) -m bench
+	$(PY) -m bench run
 
 build: .venv/built
 

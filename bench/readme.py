@@ -9,7 +9,8 @@ import json
 import re
 from pathlib import Path
 
-from .report import ROOT, markdown
+from .environment import ROOT
+from .tables import markdown
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- figures: (?P<path>\S+\.json) -->\n)(?P<table>.*?)(<!-- end figures -->)", re.DOTALL)

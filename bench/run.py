@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from .cases import Case, Goal
-from .timing import Effort, measure, quantiles, ratio
-from .work import OURS, Work
+import torch
+
+from . import memory
+from .case import OURS, Case, Goal, Work
+from .timing import CPU, Effort, measure, quantiles, ratio
 
 Tick = Callable[[str, int, int], None]
 
 
-def run_case(case: Case, effort: Effort, tick: Tick = lambda what, done, total: None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Plan:
+    """How to run a case: how long, where, and against which peers."""
+
+    effort: Effort
+    device: torch.device = CPU
+    wanted: Callable[[str], bool] = lambda name: True
+
+
+def run_case(case: Case, plan: Plan, tick: Tick = lambda what, done, total: None) -> dict[str, Any]:
     """The case's record for the report: one row for each contender, the absent ones, the goals.
 
     Args:
         tick: called with (what is being done, steps done, steps in all).
     """
     tick("preparing", 0, 1)
-    work = case.build()
+    work = case.build(plan.wanted)
     rows = {name: check(work, name, tick) for name in work.contenders}
-    sound = {name: work.contenders[name].calls for name, row in rows.items() if row["check"] != "failed"}
-    times = measure(sound, effort, lambda done, total: tick("timing", done, total))
+    sound = [name for name, row in rows.items() if row["check"] != "failed"]
+    calls = {name: work.contenders[name].calls for name in sound}
+    times = measure(calls, plan.effort, lambda done, total: tick("timing", done, total), plan.device)
     base = OURS if OURS in times else next((name for name in times if rows[name]["kind"] == "ours"), None)
     for name, samples in times.items():
         rows[name] |= {"seconds": {"best": min(samples), **quantiles(samples)}, "rounds": len(samples)}
         if base is not None and name != base:
             rows[name]["time_over_ours"] = {"ours": base, **ratio(samples, times[base])}
-    if work.memory is not None:
-        for name in times:
-            tick(f"memory of {name}", 0, 1)
-            rows[name]["peak_memory_bytes"] = work.memory(name)
+    for name in sound:
+        tick(f"memory of {name}", 0, 1)
+        peak = work.memory(name) if work.memory else memory.of_call(work.contenders[name].calls[0], plan.device)
+        rows[name]["peak_memory_bytes"] = peak
+    add_phases(work, sound, rows, plan, tick)
     return {
         "case": case.name,
         "op": case.op,
@@ -53,6 +67,15 @@ def check(work: Work, name: str, tick: Tick) -> dict[str, Any]:
     except Exception as error:  # whatever goes wrong in a contender is its result, and the others still run
         row |= {"check": "failed", "why": f"{type(error).__name__}: {error}"}
     return row
+
+
+def add_phases(work: Work, sound: list[str], rows: dict[str, dict[str, Any]], plan: Plan, tick: Tick) -> None:
+    """Put the times of the forward and the backward pass apart, where the contenders have them, into their rows."""
+    for phase in dict.fromkeys(phase for name in sound for phase in work.contenders[name].phases):
+        calls = {name: work.contenders[name].phases[phase] for name in sound if phase in work.contenders[name].phases}
+        effort = plan.effort.part(4)
+        for name, samples in measure(calls, effort, lambda d, n, p=phase: tick(p, d, n), plan.device).items():
+            rows[name].setdefault("phases", {})[phase] = quantiles(samples)
 
 
 def judge(goal: Goal, rows: dict[str, dict[str, Any]], times: dict[str, list[float]]) -> dict[str, Any]:

@@ -7,20 +7,21 @@ import sys
 import pytest
 import torch
 
-from bench import cases, readme, report, run, smollm2, timing
-from bench.work import OURS, Contender, Work
+from bench import environment, readme, run, smollm2, timing
+from bench.case import OURS, Case, Contender, Goal, Options, Work
+from bench.cases import GROUPS
 
-FAST = timing.Effort(seconds=0.05, sample=1e-5, min_rounds=3, max_rounds=3)
-QUICK = [case for group in ("lora_linear", "linear_4bit", "codec") for case in cases.GROUPS[group](None, True)]
+FAST = run.Plan(timing.Effort(seconds=0.05, sample=1e-5, min_rounds=3, max_rounds=3))
+QUICK = [case for group in GROUPS if group != "smollm2_step" for case in GROUPS[group](Options(quick=True))]
 
 
 def bench(*arguments):
     command = [sys.executable, "-m", "bench", *map(str, arguments)]
-    return subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True, check=False)
 
 
 def test_quick_run_writes_json_and_plot(tmp_path):
-    done = bench("codec", "--quick", "--out", tmp_path)
+    done = bench("run", "codec", "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "codec.json").read_text(encoding="utf-8"))
     rows = [row for case in result["cases"] for row in case["rows"]]
@@ -31,7 +32,7 @@ def test_quick_run_writes_json_and_plot(tmp_path):
 
 
 def test_unknown_group_is_an_error():
-    done = bench("lora_liner")
+    done = bench("run", "lora_liner")
     assert done.returncode == 2 and "choose from lora_linear" in done.stderr
 
 
@@ -48,12 +49,12 @@ def test_cases(benchmark, case):
 def pair(**times):
     """A work of sleepless contenders: each call counts up to its number."""
     contenders = {name: Contender([lambda n=n: sum(range(n))], kind) for name, (n, kind) in times.items()}
-    return Work(contenders, lambda name: None)
+    return Work(lambda name: None, contenders)
 
 
 def test_ratios_and_goals():
-    goals = (cases.Goal("slow", OURS, at_least=2.0), cases.Goal(OURS, "slow", at_most=0.1))
-    case = cases.Case("c", "count", {}, lambda: pair(ours=(20_000, "ours"), slow=(100_000, "peer")), goals)
+    goals = (Goal("slow", OURS, at_least=2.0), Goal(OURS, "slow", at_most=0.1))
+    case = Case("c", "count", {}, lambda: pair(ours=(20_000, "ours"), slow=(100_000, "peer")), goals)
     record = run.run_case(case, FAST)
     slow = next(row for row in record["rows"] if row["contender"] == "slow")
     assert 2 < slow["time_over_ours"]["p50"] < 10
@@ -69,8 +70,8 @@ def test_no_time_without_a_passing_check():
         work.check = refuse
         return work
 
-    goal = cases.Goal("peer", OURS, at_least=1.0)
-    record = run.run_case(cases.Case("c", "count", {}, build, (goal,)), FAST)
+    goal = Goal("peer", OURS, at_least=1.0)
+    record = run.run_case(Case("c", "count", {}, build, (goal,)), FAST)
     ours, peer = record["rows"]
     assert ours["check"] == "failed" and "maximum error" in ours["why"] and "seconds" not in ours
     assert peer["check"] == "passed" and "time_over_ours" not in peer
@@ -94,6 +95,8 @@ def test_absent_peers_are_reported():
     work = pair(ours=(10, "ours"))
     work.add("peer", "peer", lambda: [], "not installed: bitsandbytes")
     work.add("broken", "peer", lambda: 1 / 0)
+    work.add("not wanted", "peer", lambda: 1 / 0)
+    work.make(lambda name: name != "not wanted")
     assert work.absent == {
         "peer": "not installed: bitsandbytes",
         "broken": "ZeroDivisionError: division by zero",
@@ -106,7 +109,7 @@ def test_quantiles():
 
 
 def test_readme_tables_follow_the_json(tmp_path):
-    done = bench("codec", "--quick", "--out", tmp_path)
+    done = bench("run", "codec", "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     block = "<!-- figures: {}.json -->\n{}\n<!-- end figures -->\n"
     before = "a\n" + block.format("codec", "old") + "b\n" + block.format("absent", "kept")
@@ -119,9 +122,9 @@ def test_readme_equals_the_committed_json():
     if not readme.README.exists():
         pytest.skip("there is no README")
     text = readme.README.read_text(encoding="utf-8")
-    if not any((report.ROOT / path).exists() for path in readme.sources(text)):
+    if not any((environment.ROOT / path).exists() for path in readme.sources(text)):
         pytest.skip("the README takes no table from a JSON file that is here")
-    assert readme.updated(text) == text, "run `python -m bench --readme`"
+    assert readme.updated(text) == text, "run `python -m bench readme`"
 
 
 def test_text_batches_repeat():

@@ -6,13 +6,19 @@ until it lasts long enough for the clock. Ratios are taken within a round, and t
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+Calls = Iterator[Callable[[], Any]]
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,10 @@ class Effort:
     sample: float = 2e-3
     min_rounds: int = 7
     max_rounds: int = 60
+
+    def part(self, n: int) -> Effort:
+        """The n-th part of this effort."""
+        return replace(self, seconds=self.seconds / n)
 
 
 FULL = Effort()
@@ -41,12 +51,14 @@ def cache_bytes() -> int:
 def copies_beyond_cache(nbytes: int) -> int:
     """How many copies of a weight, used in turn, keep it out of the cache: as in a model, where a layer comes cold.
 
-    At most 64: copies of small layers are as many as a model has, and may stay in the cache as they do there.
+    At most 64: copies of small layers are as many as a model has, and may stay in the cache as they do there. A GPU's
+    cache is flushed before each call instead.
     """
     return min(64, max(1, math.ceil(2 * cache_bytes() / nbytes)))
 
 
-def _seconds_per_call(calls: Iterator[Callable[[], Any]], repeat: int) -> float:
+def _host_seconds(calls: Calls, repeat: int) -> float:
+    """Seconds per call by the host's clock."""
     batch = list(itertools.islice(calls, repeat))
     start = time.perf_counter()
     for call in batch:
@@ -54,10 +66,37 @@ def _seconds_per_call(calls: Iterator[Callable[[], Any]], repeat: int) -> float:
     return (time.perf_counter() - start) / repeat
 
 
+def _device_seconds(calls: Calls, repeat: int, *, flush: torch.Tensor) -> float:
+    """Seconds per call between two events around it, after its cache was flushed.
+
+    The flush also gives the host a head start, so that the launch of a single kernel is not in its time.
+    """
+    module = torch.get_device_module(flush.device)
+    pairs = []
+    for call in itertools.islice(calls, repeat):
+        start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        pairs.append((start, end))
+    module.synchronize()
+    return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / repeat
+
+
+def clock(device: torch.device) -> Callable[[Calls, int], float]:
+    """The function that takes seconds per call of `repeat` calls on this device."""
+    if device.type == "cpu":
+        return _host_seconds
+    l2 = getattr(torch.get_device_module(device).get_device_properties(device), "L2_cache_size", 64 << 20)
+    return functools.partial(_device_seconds, flush=torch.empty(4 * l2, dtype=torch.uint8, device=device))
+
+
 def measure(
     contenders: dict[str, Sequence[Callable[[], Any]]],
     effort: Effort = FULL,
     tick: Callable[[int, int], None] = lambda done, total: None,
+    device: torch.device = CPU,
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, one entry for each round.
 
@@ -65,13 +104,14 @@ def measure(
         contenders: name -> the call, or the same call on several copies of the weight, used in turn.
         tick: called after each round with (rounds done, rounds in all).
     """
-    calls = {name: itertools.cycle(copies) for name, copies in contenders.items()}
-    for name, copies in contenders.items():  # warm-up: every copy has been touched
-        _seconds_per_call(calls[name], len(copies))
-    once = {name: _seconds_per_call(calls[name], 2) for name in contenders}
-    repeat = {name: max(1, math.ceil(effort.sample / once[name])) for name in contenders}
     if not contenders:
         return {}
+    seconds = clock(device)
+    calls = {name: itertools.cycle(copies) for name, copies in contenders.items()}
+    for name, copies in contenders.items():  # warm-up: every copy has been touched
+        seconds(calls[name], len(copies))
+    once = {name: seconds(calls[name], 2) for name in contenders}
+    repeat = {name: max(1, math.ceil(effort.sample / once[name])) for name in contenders}
     per_round = sum(once[name] * repeat[name] for name in contenders)
     rounds = min(effort.max_rounds, max(effort.min_rounds, int(effort.seconds / per_round)))
 
@@ -82,7 +122,7 @@ def measure(
         for i in range(rounds):
             turn = i % len(names)
             for name in names[turn:] + names[:turn]:
-                times[name].append(_seconds_per_call(calls[name], repeat[name]))
+                times[name].append(seconds(calls[name], repeat[name]))
             tick(i + 1, rounds)
     finally:
         gc.enable()

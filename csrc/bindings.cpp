@@ -1,4 +1,5 @@
 // Every function that peft_kernels._native exports: the table of contents, nothing else.
+#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/linear_4bit.h"
 #include "cpu/nf4_codec.h"
@@ -34,13 +35,19 @@ PYBIND11_MODULE(_native, m) {
 
   def_kernel<linear_4bit_forward>(m, "linear_4bit_forward", py::arg("x"), py::arg("dtype"), py::arg("M"),
                                   py::arg("ldx"), py::arg("weight"), py::arg("bias"), py::arg("bias_dtype"),
-                                  py::arg("terms"), py::arg("y"), py::arg("ldy"));
+                                  py::arg("terms"), py::arg("y"), py::arg("ldy"), py::arg("out_scale") = 0,
+                                  py::arg("unscaled") = 0);
   def_kernel<linear_4bit_backward>(m, "linear_4bit_backward", py::arg("dy"), py::arg("dtype"), py::arg("M"),
-                                   py::arg("ldy"), py::arg("weight"), py::arg("terms"), py::arg("dx"), py::arg("ldx"));
+                                   py::arg("ldy"), py::arg("weight"), py::arg("terms"), py::arg("dx"), py::arg("ldx"),
+                                   py::arg("in_scale") = 0);
   def_kernel<linear_4bit_forward_supported>(m, "linear_4bit_forward_supported", py::arg("dtype"), py::arg("M"),
                                             py::arg("K"), py::arg("blocksize"));
   def_kernel<linear_4bit_backward_supported>(m, "linear_4bit_backward_supported", py::arg("dtype"), py::arg("M"),
                                              py::arg("K"), py::arg("blocksize"));
+
+  def_kernel<scale_and_sum_columns>(m, "scale_and_sum_columns", py::arg("u"), py::arg("dtype"), py::arg("M"),
+                                    py::arg("N"), py::arg("ldu"), py::arg("v"), py::arg("ldv"), py::arg("scale"),
+                                    py::arg("out"), py::arg("ldo"), py::arg("sums"), py::arg("products"));
 
   def_kernel<wire_lora_shrink>(m, "lora_shrink", py::arg("x"), py::arg("x_dtype"), py::arg("M"), py::arg("K"),
                                py::arg("ldx"), py::arg("P"), py::arg("p_dtype"), py::arg("p_is_kr"), py::arg("r"),

@@ -4,5 +4,14 @@ from .ops.gated_prompt_attention.module import GatedPromptAttention
 from .ops.linear_4bit.module import Linear4bit
 from .ops.lora_linear.module import LoRALinear
 from .ops.prefix_attention.module import PrefixAttention
+from .ops.scaled_linear.module import BitFitLinear, IA3Linear, ScaleBiasLinear
 
-__all__ = ["GatedPromptAttention", "Linear4bit", "LoRALinear", "PrefixAttention"]
+__all__ = [
+    "BitFitLinear",
+    "GatedPromptAttention",
+    "IA3Linear",
+    "Linear4bit",
+    "LoRALinear",
+    "PrefixAttention",
+    "ScaleBiasLinear",
+]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import dispatch
-from .checks import bad_type, bad_value, check_tensor
+from .checks import bad_type, bad_value, check_bias, check_device, check_input, check_tensor
 from .ops.nf4 import op as nf4
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -279,3 +279,28 @@ def check_weight4bit(weight: Any) -> Weight4bit:
     if not isinstance(weight, Weight4bit):
         raise bad_type("weight", "a Weight4bit", weight, "Make one with quantize_4bit or Weight4bit.from_bnb.")
     return weight
+
+
+def check_base(x: torch.Tensor, weight: object, bias: object) -> tuple[int, int]:
+    """(N, K) of an adapted layer's weight, dense or 4-bit, that fits x and bias."""
+    if not isinstance(weight, torch.Tensor | Weight4bit):
+        raise bad_type("weight", "a torch.Tensor or a Weight4bit", weight, "Pass layer.weight or a Weight4bit.")
+    if len(weight.shape) != 2:
+        raise bad_value("weight", "shape (N, K)", tuple(weight.shape), "Pass the linear layer's weight.")
+    out_features, in_features = weight.shape
+    check_input(x, in_features)
+    if isinstance(weight, torch.Tensor) and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise bad_value("weight", f"dtype {x.dtype} (that of x)", weight.dtype, "Cast x to the weight's dtype.")
+    check_device("weight", weight if isinstance(weight, torch.Tensor) else weight.packed, x.device)
+    check_bias(bias, out_features, x.device)
+    return out_features, in_features
+
+
+def split_base(weight: torch.Tensor | Weight4bit) -> tuple[list[torch.Tensor], list[int]]:
+    """An adapted layer's weight as library operations take it: tensors, and the rest (empty for a dense weight)."""
+    return (weight.parts(), weight.meta()) if isinstance(weight, Weight4bit) else ([weight], [])
+
+
+def join_base(parts: list[torch.Tensor], meta: list[int]) -> torch.Tensor | Weight4bit:
+    """The inverse of `split_base`."""
+    return Weight4bit.from_parts(parts, meta) if meta else parts[0]

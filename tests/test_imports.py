@@ -12,26 +12,25 @@ import peft_kernels as pk
 OPTIONAL = ("triton", "bitsandbytes", "transformers", "peft", "adapters", "accelerate", "matplotlib", "rich")
 ROOT_NAMES = {
     "BackendError",
+    "PreparationReport",
     "ReplacementReport",
     "Weight4bit",
     "backends",
     "explain",
     "functional",
     "nn",
+    "prepare_bitfit",
+    "prepare_scale_bias",
     "reference",
     "replace_layers",
     "restore_layers",
     "use_backend",
 }
-FUNCTIONS = {
-    "dequantize_4bit",
-    "gated_prompt_attention",
-    "linear_4bit",
-    "lora_linear",
-    "prefix_attention",
-    "quantize_4bit",
-}
-MODULES = {"GatedPromptAttention", "Linear4bit", "LoRALinear", "PrefixAttention"}
+FUNCTIONS = {"dequantize_4bit", "linear_4bit", "lora_linear", "quantize_4bit"}
+FUNCTIONS |= {"bitfit_linear", "ia3_linear", "scale_bias_linear"}
+FUNCTIONS |= {"gated_prompt_attention", "prefix_attention"}
+MODULES = {"BitFitLinear", "IA3Linear", "Linear4bit", "LoRALinear", "ScaleBiasLinear"}
+MODULES |= {"GatedPromptAttention", "PrefixAttention"}
 
 SMALL_RUN = """
 import torch

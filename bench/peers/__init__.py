@@ -1,4 +1,7 @@
-"""What peft_kernels is compared with. Each peer is imported only where `missing()` finds it."""
+"""What peft_kernels is compared with: thin files, each with NAME, why_not() and the functions that build its layers.
+
+A peer's package is imported only inside those functions, so that an absent one is reported and hinders nothing.
+"""
 
 from __future__ import annotations
 

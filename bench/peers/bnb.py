@@ -6,6 +6,15 @@ from typing import Any
 
 import torch
 
+from . import missing
+
+NAME = "bitsandbytes"
+
+
+def why_not() -> str | None:
+    """Why it cannot run here."""
+    return missing("bitsandbytes")
+
 
 def linear(weight: torch.Tensor, bias: torch.nn.Parameter | None = None) -> Any:
     """A Linear4bit in train mode that holds `weight` (N, K), quantized with double quantization."""

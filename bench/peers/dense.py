@@ -1,4 +1,4 @@
-"""Floors: the vendor's dense matrix product, and a streaming read of memory."""
+"""Floors: the vendor's dense matrix product, and a streaming read of memory (on a GPU: a copy)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+NAME, STREAM = "dense", "streaming read"
 STREAM_BYTES = 256 << 20
 READERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "float32 sum": torch.sum,
@@ -24,8 +25,11 @@ def _ones(n: int) -> torch.Tensor:
     return torch.ones(n)
 
 
-def stream(nbytes: int) -> tuple[list[Callable[[], torch.Tensor]], str]:
-    """Calls that each read `nbytes` of a buffer beyond any cache, by the fastest reader found here; and its name."""
+def stream(nbytes: int, device: torch.device) -> tuple[list[Callable[[], torch.Tensor]], str]:
+    """Calls that each move `nbytes` of a buffer beyond any cache, by the fastest way found here; and its name."""
+    if device.type != "cpu":  # half is read and half is written
+        source, target = torch.ones(2, max(1, nbytes // 8), device=device).unbind()
+        return [lambda: target.copy_(source)], "copy"
     chunks = list(torch.ones(STREAM_BYTES // 4).split(nbytes // 4))
     chunks = chunks[:-1] if len(chunks) > 1 else chunks
 

@@ -6,6 +6,15 @@ from typing import Any
 
 import torch
 
+from . import missing
+
+NAME = "peft + bitsandbytes"
+
+
+def why_not() -> str | None:
+    """Why it cannot run here."""
+    return missing("peft", "bitsandbytes")
+
 
 def lora_layer(base: Any, lora_A: torch.Tensor, lora_B: torch.Tensor, alpha: float) -> torch.nn.Sequential:
     """A model of one layer "proj" in train mode with these adapter weights, in their dtype."""

@@ -136,7 +136,8 @@ bool linear_4bit_backward_supported(DType dtype, int64_t M, int64_t K, int64_t b
 }
 
 void linear_4bit_forward(const void* x, DType dtype, int64_t M, int64_t ldx, const Weight4& w, const void* bias,
-                         DType bias_dtype, const std::vector<ForwardTerm>& terms, void* y, int64_t ldy) {
+                         DType bias_dtype, const std::vector<ForwardTerm>& terms, void* y, int64_t ldy,
+                         const float* out_scale, void* unscaled) {
   constexpr const char* kName = "linear_4bit_forward";
   require(M >= 0, kName, "M must not be negative");
   require(linear_4bit_forward_supported(dtype, M, w.K, w.blocksize), kName, "unsupported dtype, M, K or blocksize");
@@ -144,20 +145,22 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t M, int64_t ldx, con
   require(w.K > 0, kName, "K must be positive");
   check_matrix(kName, "x", x, w.K, ldx);
   check_matrix(kName, "y", y, w.N, ldy);
+  require(out_scale || !unscaled, kName, "unscaled needs an out_scale");
   std::vector<Linear4Term> common;
   for (const ForwardTerm& term : terms) {
     common.push_back(common_term(kName, term));
     common.back().scaling = float(std::get<5>(term));
   }
-  const Linear4Job job{x, dtype, M, ldx, &w, bias, bias_dtype, common.data(), int64_t(common.size()), ranks(common),
-                       y, ldy};
+  const Linear4Job job{
+      x, dtype, M,         ldx,      &w,     bias, bias_dtype, common.data(), int64_t(common.size()), ranks(common),
+      y, ldy,   out_scale, unscaled, nullptr};
   const int threads = threads_for(M * w.numel(), kGrain);
   if (!has_bf16_kernels(dtype)) return linear4_small_forward(job, threads);
   run_forward(job, threads);
 }
 
 void linear_4bit_backward(const void* dy, DType dtype, int64_t M, int64_t ldy, const Weight4& w,
-                          const std::vector<BackwardTerm>& terms, void* dx, int64_t ldx) {
+                          const std::vector<BackwardTerm>& terms, void* dx, int64_t ldx, const float* in_scale) {
   constexpr const char* kName = "linear_4bit_backward";
   require(M >= 0, kName, "M must not be negative");
   require(linear_4bit_backward_supported(dtype, M, w.K, w.blocksize), kName, "unsupported dtype, K or blocksize");
@@ -173,8 +176,9 @@ void linear_4bit_backward(const void* dy, DType dtype, int64_t M, int64_t ldy, c
     common.back().seed = std::get<6>(term);
     require(common.back().p >= 0 && common.back().p <= 1, kName, "dropout p must be in [0, 1]");
   }
-  const Linear4Job job{dy, dtype, M, ldy, &w, nullptr, dtype, common.data(), int64_t(common.size()), ranks(common),
-                       dx, ldx};
+  const Linear4Job job{
+      dy, dtype, M,       ldy,     &w,      nullptr, dtype, common.data(), int64_t(common.size()), ranks(common),
+      dx, ldx,   nullptr, nullptr, in_scale};
   const int threads = threads_for(M * w.numel(), kGrain);
   run_backward(job, threads);
 }

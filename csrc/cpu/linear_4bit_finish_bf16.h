@@ -49,6 +49,17 @@ struct FinishTile {
 };
 
 template <int ROWS>
+inline void store_rows(const __m512 (&c)[ROWS][kGroups], void* matrix, int64_t ld, const FinishTile& tile) {
+  uint16_t* out = (uint16_t*)matrix + tile.m * ld + tile.lane0;
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g)
+      if (tile.lanes > 16 * g)
+        _mm256_mask_storeu_epi16(out + i * ld + 16 * g, first_lanes(tile.lanes - 16 * g), round_bf16(c[i][g]));
+}
+
+template <int ROWS>
 inline void finish_rows(const Linear4Job& job, const FinishTile& tile) {
   __m512 c[ROWS][kGroups];
 #pragma GCC unroll 4
@@ -87,13 +98,18 @@ inline void finish_rows(const Linear4Job& job, const FinishTile& tile) {
       }
     }
   }
-  uint16_t* out = (uint16_t*)job.out + tile.m * job.ld_out + tile.lane0;
+  if (job.out_scale) {
+    if (job.unscaled) store_rows<ROWS>(c, job.unscaled, job.ld_out, tile);
 #pragma GCC unroll 4
-  for (int i = 0; i < ROWS; ++i)
+    for (int g = 0; g < kGroups; ++g) {
+      const int64_t lane = tile.lane0 + 16 * g, left = tile.lanes - 16 * g;
+      const __m512 scale =
+          left > 0 ? _mm512_maskz_loadu_ps(first_lanes(left), job.out_scale + lane) : _mm512_setzero_ps();
 #pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g)
-      if (tile.lanes > 16 * g)
-        _mm256_mask_storeu_epi16(out + i * job.ld_out + 16 * g, first_lanes(tile.lanes - 16 * g), round_bf16(c[i][g]));
+      for (int i = 0; i < ROWS; ++i) c[i][g] = _mm512_mul_ps(c[i][g], scale);
+    }
+  }
+  store_rows<ROWS>(c, job.out, job.ld_out, tile);
 }
 
 // out[m : m + rows, lane0 : lane0 + lanes] from sums [rows][64]; lanes <= 64.

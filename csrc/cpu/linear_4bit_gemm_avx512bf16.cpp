@@ -187,6 +187,12 @@ const uint16_t* pad_rows(const uint16_t* in, int64_t ld, int64_t rows, int64_t c
   return copy;
 }
 
+// Scales of rows [n, n + count) of a backward panel; what scales dy's columns comes with them.
+inline void row_scales(const Linear4Job& job, int64_t lane0, int64_t n, int64_t count, float* out) {
+  column_scales(*job.weight, lane0, n, count, out);
+  for (int64_t i = 0; job.in_scale && i < count; ++i) out[i] *= job.in_scale[n + i];
+}
+
 // One panel of lanes for rows [m0, m1), the summed index in chunks.
 template <bool forward>
 void run_panel(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1) {
@@ -207,10 +213,10 @@ void run_panel(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1) {
     if (forward) {
       forward_panel(w, lane0, from, count, panel, scales);
     } else {
-      if (from == 0) column_scales(w, lane0, 0, count, scales);
+      if (from == 0) row_scales(job, lane0, 0, count, scales);
       backward_panel(w, lane0, from + decoded, count - decoded, panel + decoded / 2 * kLanes, scales + decoded);
       const int64_t ahead = min64(chunk, total - from - count);
-      if (ahead > 0) column_scales(w, lane0, from + count, ahead, scales);
+      if (ahead > 0) row_scales(job, lane0, from + count, ahead, scales);
       pending = {
           w.packed + ((from + count) * w.K + lane0) / 2, w.K / 2, scales, next_panel, ahead / 2, &w.book(), nullptr};
     }

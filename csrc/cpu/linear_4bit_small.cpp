@@ -89,7 +89,9 @@ void finish(const Linear4Job& job, const PaddedTerms& terms, int64_t n0, int64_t
         for (int64_t i = 0; i < kPartials; ++i) partial[i] += left[j + i] * right[j + i];
       float delta = 0;
       for (float part : partial) delta += part;
-      store_f32(job.out, m * job.ld_out + n, job.dtype, sums[m * kLanes + n - n0] + bias + delta);
+      const float value = sums[m * kLanes + n - n0] + bias + delta;
+      if (job.unscaled) store_f32(job.unscaled, m * job.ld_out + n, job.dtype, value);
+      store_f32(job.out, m * job.ld_out + n, job.dtype, job.out_scale ? value * job.out_scale[n] : value);
     }
   }
 }

@@ -83,10 +83,14 @@ class FusedForward:
             x = x.to(compute)
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not compute:
             with torch.autocast(device, enabled=False):  # bitsandbytes computes in compute_dtype under autocast too
-                y = linear_4bit(x, weight, bias)
+                y = self._linear(x, weight, bias)
         else:
-            y = linear_4bit(x, weight, bias)
+            y = self._linear(x, weight, bias)
         return y if compute is dtype else y.to(dtype)
+
+    def _linear(self, x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> torch.Tensor:
+        """The operation; layers that train more than their bias have another."""
+        return linear_4bit(x, weight, bias)
 
     def _forward_of_bitsandbytes(self: Any, x: torch.Tensor, reason: object) -> torch.Tensor:
         """What we do not serve, but without the repacking that bitsandbytes does on some CPUs."""

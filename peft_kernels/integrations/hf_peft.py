@@ -10,13 +10,12 @@ from torch import nn
 
 from .. import dispatch
 from ..functional import lora_linear
-from .replace import FOUR_BIT, Undo, why_base_not
+from .base_layer import PLAIN, dense_base, four_bit_weight, hooked, overridden
+from .replace import Undo, why_base_not
 
-_PLAIN = (torch.Tensor, nn.Parameter)  # not DTensor, not a quantized or otherwise wrapped tensor
 
-
-class FusedLoRA:
-    """`forward` for a PEFT LoRA layer: one kernel where there is one, PEFT's forward for all else."""
+class FusedAdapter:
+    """What the fused classes of PEFT's adapter layers share."""
 
     @staticmethod
     def why_not(layer: Any) -> str | None:
@@ -28,9 +27,6 @@ class FusedLoRA:
         reason = overridden(base) if type(base) is nn.Linear else why_base_not(base)
         if reason is not None:
             return reason if type(base) is not nn.Linear else f"its base layer's {reason}"
-        adapters = [_adapter(layer, name) for name in layer.lora_A]
-        if adapters and all(isinstance(adapter, str) for adapter in adapters):
-            return adapters[0]
         return None
 
     @staticmethod
@@ -42,13 +38,32 @@ class FusedLoRA:
         base = self._modules["base_layer"]  # type: ignore[attr-defined]
         return base.weight.dtype if type(base) is nn.Linear else base._input_dtype
 
+    def _left_to_peft(self: Any, reason: str) -> None:
+        """Tell `explain` why this call goes to PEFT's forward."""
+        if dispatch.recording():
+            mutates = self.merged and self.disable_adapters  # PEFT would unmerge it: explaining must stop here
+            dispatch.note(f"{type(self).__bases__[-1].__qualname__}: left to PEFT: {reason}", final=mutates)
+
+
+class FusedLoRA(FusedAdapter):
+    """`forward` for a PEFT LoRA layer: one kernel where there is one, PEFT's forward for all else."""
+
+    @staticmethod
+    def why_not(layer: Any) -> str | None:
+        """As for any adapter layer; and an adapter must have a kernel."""
+        reason = FusedAdapter.why_not(layer)
+        if reason is not None:
+            return reason
+        adapters = [_adapter(layer, name) for name in layer.lora_A]
+        if adapters and all(isinstance(adapter, str) for adapter in adapters):
+            return adapters[0]
+        return None
+
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., K) -> (..., N), with the casts, the dropout and the adapters that PEFT's forward would use."""
-        call = _gather(self, x) if not (args or kwargs) else f"it was given arguments besides x ({', '.join(kwargs)})"
+        call = _gather(self, x) if not (args or kwargs) else besides(kwargs)
         if isinstance(call, str):
-            if dispatch.recording():
-                mutates = self.merged and self.disable_adapters  # PEFT would unmerge it: explaining must stop here
-                dispatch.note(f"{type(self).__bases__[-1].__qualname__}: left to PEFT: {call}", final=mutates)
+            self._left_to_peft(call)
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         x, weight, bias, lora_A, lora_B, scaling, lora_bias, dropout_p, out_dtype = call
         y = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, lora_bias=lora_bias, dropout_p=dropout_p)
@@ -59,21 +74,22 @@ class FusedLinear(FusedLoRA, lora.Linear):
     """`peft.tuners.lora.Linear` over nn.Linear, or over a 4-bit layer that the model does not declare."""
 
 
-def overridden(module: nn.Module) -> str | None:
-    """Why the module's forward may not be bypassed: something else has to see or do the call."""
-    if "forward" in module.__dict__:
-        return "forward is replaced on the instance" + (" (accelerate's hook)" if hasattr(module, "_hf_hook") else "")
+def besides(kwargs: dict) -> str:
+    """The reason that a call with more than x has."""
+    return f"it was given arguments besides x ({', '.join(kwargs)})"
+
+
+def why_not_now(layer: Any, x: torch.Tensor) -> str | None:
+    """Why this call of an adapter layer cannot be served, whatever its adapters are; or None."""
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return "its adapters are merged into the base layer"
+    if type(x) not in PLAIN or not x.is_floating_point():
+        return f"x is a {type(x).__name__} of {getattr(x, 'dtype', 'no dtype')}"
+    if hooked(layer._modules["base_layer"]):
+        return "the base layer has hooks"
     return None
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def _adapter(layer: Any, name: str) -> Any:
@@ -94,11 +110,11 @@ def _adapter(layer: Any, name: str) -> Any:
         return f"adapter {name!r} has a dropout of class {kind.__name__}"
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
         return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not of nn.Linear"
-    if _hooked(a) or _hooked(b) or _hooked(dropout):
+    if hooked(a) or hooked(b) or hooked(dropout):
         return f"a module of adapter {name!r} has hooks"
     weight_a: Any = a._parameters.get("weight")
     weight_b: Any = b._parameters.get("weight")
-    if type(weight_a) not in _PLAIN or type(weight_b) not in _PLAIN:
+    if type(weight_a) not in PLAIN or type(weight_b) not in PLAIN:
         return f"a weight of adapter {name!r} is a {type(weight_a).__name__}, which is gathered by its module's forward"
     if weight_a.dtype is not weight_b.dtype:
         return f"adapter {name!r} has A in {weight_a.dtype} and B in {weight_b.dtype}"
@@ -107,15 +123,10 @@ def _adapter(layer: Any, name: str) -> Any:
 
 def _gather(layer: Any, x: torch.Tensor) -> Any:
     """What `lora_linear` takes, and the dtype to cast its result to (None: as it comes); or why it cannot be called."""
-    if layer.disable_adapters:
-        return "its adapters are disabled"
-    if layer.merged:
-        return "its adapters are merged into the base layer"
-    if type(x) not in _PLAIN or not x.is_floating_point():
-        return f"x is a {type(x).__name__} of {getattr(x, 'dtype', 'no dtype')}"
+    reason = why_not_now(layer, x)
+    if reason is not None:
+        return reason
     base = layer._modules["base_layer"]
-    if _hooked(base):
-        return "the base layer has hooks"
     adapters = []
     lora_A = layer._modules["lora_A"]._modules
     for name in layer.active_adapters:
@@ -129,33 +140,18 @@ def _gather(layer: Any, x: torch.Tensor) -> Any:
     a, b, scaling, lora_bias, dropout_p = zip(*adapters)  # noqa: B905 (lengths are equal, and this runs at every call)
     if not layer.cast_input_dtype_enabled and any(weight.dtype is not x.dtype for weight in a):
         return "the cast of x to the adapter's dtype is disabled"
-    served = _dense(base, x) if type(base) is nn.Linear else _four_bit(base, x, a)
+    served = dense_base(base, x) if type(base) is nn.Linear else _four_bit(base, x, a)
     if isinstance(served, str):
         return served
     x, weight, out_dtype = served
     return x, weight, base._parameters["bias"], a, b, scaling, lora_bias, dropout_p, out_dtype
 
 
-def _dense(base: Any, x: torch.Tensor) -> Any:
-    """x, weight and None; torch's rules for mixed dtypes are torch's to enforce."""
-    weight, bias = base._parameters.get("weight"), base._parameters["bias"]
-    if type(weight) not in _PLAIN:
-        return f"the base weight is a {type(weight).__name__}, which is gathered by its module's forward"
-    if torch.is_autocast_enabled(x.device.type):
-        if x.dtype is torch.float64:
-            return "autocast leaves float64 as it is"
-    elif weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
-        return f"x is {x.dtype}, the base layer {weight.dtype}"
-    return x, weight, None
-
-
 def _four_bit(base: Any, x: torch.Tensor, lora_A: tuple[torch.Tensor, ...]) -> Any:
     """x in the compute dtype, the Weight4bit, and x's dtype, in which bitsandbytes returns its result."""
-    if type(base) not in FOUR_BIT:
-        return f"the base layer is a {type(base).__name__} that replace_layers has not seen"
-    weight = base._weight4bit()
+    weight = four_bit_weight(base)
     if isinstance(weight, str):
-        return f"the base layer's {weight}"
+        return weight
     dtype, compute, device = x.dtype, base._compute_dtype_for(x), x.device.type
     if torch.is_autocast_enabled(device):
         branch = torch.get_autocast_dtype(device)

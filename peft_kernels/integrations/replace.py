@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from torch import nn
 
 from .. import dispatch
-from ..checks import bad_type, bad_value
+from ..checks import bad_type
+from .filters import Filter, check_patterns, matches, parse_filters
 from .report import Entry, ReplacementReport
 
 # A class by its qualified name -> the module here and the class in it that takes its place. A fused class is a subclass
@@ -21,15 +21,24 @@ from .report import Entry, ReplacementReport
 REGISTRY: dict[str, tuple[str, str]] = {
     "peft.tuners.lora.layer.Linear": ("hf_peft", "FusedLinear"),
     "peft.tuners.lora.bnb.Linear4bit": ("hf_peft_4bit", "FusedLinear4bit"),
+    "peft.tuners.ia3.layer.Linear": ("hf_ia3", "FusedLinear"),
+    "peft.tuners.ia3.bnb.Linear4bit": ("hf_ia3_4bit", "FusedLinear4bit"),
+    "peft_kernels.integrations.trained_layers.BitFitLinear": ("trained_layers", "FusedBitFitLinear"),
+    "peft_kernels.integrations.trained_layers.ScaleBiasLinear": ("trained_layers", "FusedScaleBiasLinear"),
+    "peft_kernels.integrations.trained_layers.ScaleBiasLinear4bit": ("trained_layers", "FusedScaleBiasLinear4bit"),
+    "peft_kernels.integrations.trained_layers_bnb.BitFitLinear4bit": ("trained_layers_bnb", "FusedBitFitLinear4bit"),
+    "peft_kernels.integrations.trained_layers_bnb.ScaleBiasLinear4bit": (
+        "trained_layers_bnb",
+        "FusedScaleBiasLinear4bit",
+    ),
     "bitsandbytes.nn.modules.Linear4bit": ("bitsandbytes", "FusedLinear4bit"),
     "bitsandbytes.nn.modules.LinearNF4": ("bitsandbytes", "FusedLinearNF4"),
     "bitsandbytes.nn.modules.LinearFP4": ("bitsandbytes", "FusedLinearFP4"),
 }
 
-# The fused 4-bit layers, exactly (not subclasses of them): what a LoRA layer may read the weight of.
+# The fused 4-bit layers, exactly (not subclasses of them): what an adapter layer may read the weight of.
 FOUR_BIT: set[type] = set()
 
-Filter = str | Callable[[str, nn.Module], bool]
 Undo = Callable[[], None]
 
 
@@ -42,16 +51,17 @@ def replace_layers(
 ) -> ReplacementReport:
     """Make every layer of `model` that has a kernel use it, in place, by swapping its class for a fused subclass.
 
-    Served are Hugging Face PEFT's LoRA layers over nn.Linear and over bitsandbytes' Linear4bit, and bitsandbytes'
-    Linear4bit itself. Parameters, state-dict keys, hooks and every method but `forward` stay as they are; a call that
-    has no kernel (DoRA, adapter_names, hooks on inner modules) goes to the old forward, and `peft_kernels.explain` says
-    why. Calling it again, for instance after adding adapters to further layers, replaces only what is new.
+    Served are Hugging Face PEFT's LoRA and IA³ layers over nn.Linear and over bitsandbytes' Linear4bit, bitsandbytes'
+    Linear4bit itself, and the layers of prepare_bitfit and prepare_scale_bias. Parameters, state-dict keys, hooks and
+    every method but `forward` stay as they are; a call that has no kernel (DoRA, adapter_names, hooks on inner modules)
+    goes to the old forward, and `peft_kernels.explain` says why. Calling it again, for instance after adding adapters
+    to further layers, replaces only what is new.
 
     Args:
         model: any module, a single layer too.
         include: which layers to replace; default all. A pattern for the dotted name or a tail of it (`fnmatch`:
             "q_proj", "layers.0.*", "*.mlp.*"), a callable (name, module) -> bool, or an iterable of these, any of which
-            may match. A 4-bit base layer inside a LoRA layer follows that layer.
+            may match. A 4-bit base layer inside an adapter layer follows that layer.
         exclude: the same, for layers to leave alone; it prevails over `include`.
         strict: raise if any layer that was not excluded must be left alone.
 
@@ -67,14 +77,15 @@ def replace_layers(
     if not isinstance(model, nn.Module):
         raise bad_type("model", "a torch.nn.Module", model, "Pass the model that holds the layers.")
     candidates = list(_candidates(model))
-    include_filters, exclude_filters = _filters("include", include), _filters("exclude", exclude)
-    _check_patterns(include_filters, candidates)
+    include_filters, exclude_filters = parse_filters("include", include), parse_filters("exclude", exclude)
+    owners = [(name, module) for name, module, adapter in candidates if adapter is None]
+    check_patterns("include", include_filters, owners)
     plan = []
-    for name, module, lora in candidates:
-        owner = lora or (name, module)
-        wanted = (include is None or _matches(include_filters, *owner)) and not _matches(exclude_filters, *owner)
+    for name, module, adapter in candidates:
+        owner = adapter or (name, module)
+        wanted = (include is None or matches(include_filters, *owner)) and not matches(exclude_filters, *owner)
         reason = _checked(name, module, lambda m: _fused_class(m).why_not(m)) if wanted else "excluded by the caller"
-        plan.append((name, module, lora, reason, wanted))
+        plan.append((name, module, adapter, reason, wanted))
     refused = [(name, module, reason) for name, module, _, reason, wanted in plan if wanted and reason]
     if strict and refused:
         lines = "\n".join(f"  {name} ({_qualified(type(module))}): {reason}" for name, module, reason in refused)
@@ -101,17 +112,17 @@ def _restore(module: nn.Module) -> None:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, nn.Module] | None]]:
-    """The layers to look at: name, module, and for a 4-bit base layer the LoRA layer around it (name, module)."""
-    lora_of: dict[nn.Module, tuple[str, nn.Module]] = {}
+    """The layers to look at: name, module, and for a base layer the adapter layer around it (name, module)."""
+    adapter_of: dict[nn.Module, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         kinds = [_qualified(cls) for cls in type(module).__mro__]
         if "peft.tuners.tuners_utils.BaseTunerLayer" in kinds:
             base = getattr(module, "base_layer", None)
             if isinstance(base, nn.Module):
-                lora_of[base] = (name, module)
+                adapter_of[base] = (name, module)
         elif not any(kind in REGISTRY for kind in kinds):
             continue
-        yield name, module, lora_of.get(module)
+        yield name, module, adapter_of.get(module)
 
 
 def _fused_class(module: nn.Module) -> Any:
@@ -134,7 +145,7 @@ class _NoKernel:
 
 
 def why_base_not(base: nn.Module) -> str | None:
-    """Why a LoRA layer's base layer cannot be served, or None if it can."""
+    """Why an adapter layer's base layer cannot be served, or None if it can."""
     fused = _fused_class(base)
     if fused not in FOUR_BIT:
         return f"its base layer is of class {_qualified(type(base))}, which has no kernel"
@@ -142,40 +153,11 @@ def why_base_not(base: nn.Module) -> str | None:
 
 
 def _is_fused(cls: type) -> bool:
-    return cls.__module__.startswith("peft_kernels.integrations.")
+    return cls.__module__.startswith("peft_kernels.integrations.") and hasattr(cls, "why_not")
 
 
 def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _filters(argument: str, value: Filter | Iterable[Filter] | None) -> list[Filter]:
-    filters = [] if value is None else [value] if isinstance(value, str) or callable(value) else list(value)
-    for item in filters:
-        if not (isinstance(item, str) or callable(item)):
-            raise bad_type(argument, "name patterns or callables (name, module) -> bool", item, "See replace_layers.")
-    return filters
-
-
-def _matches(filters: list[Filter], name: str, module: nn.Module) -> bool:
-    for item in filters:
-        if not isinstance(item, str):
-            if item(name, module):
-                return True
-        elif fnmatch.fnmatchcase(name, item) or fnmatch.fnmatchcase(name, f"*.{item}"):
-            return True
-    return False
-
-
-def _check_patterns(filters: list[Filter], candidates: list) -> None:
-    """A pattern that matches nothing is a misspelling."""
-    for item in filters:
-        if isinstance(item, str) and not any(_matches([item], name, module) for name, module, _ in candidates):
-            names = ", ".join(name for name, _, lora in candidates[:4] if lora is None)
-            remedy = "A pattern matches the dotted name or a tail of it that starts after a dot."
-            raise bad_value(
-                "include", f"patterns that match a layer (such as {names or 'none here'})", repr(item), remedy
-            )
 
 
 def _checked(name: str, module: nn.Module, step: Callable[[nn.Module], Any]) -> Any:
@@ -197,7 +179,7 @@ def _carry_out(plan: list) -> list[Entry]:
         for name, module, _, reason, _ in plan:
             if reason is None:
                 undo += _checked(name, module, _swap)
-        return [_entry(name, module, old[module], lora, *rest) for name, module, lora, *rest in plan]
+        return [_entry(name, module, old[module], adapter, *rest) for name, module, adapter, *rest in plan]
     except BaseException:
         for step in reversed(undo):
             step()
@@ -219,7 +201,12 @@ def _swap(module: nn.Module) -> list[Undo]:
 
 
 def _entry(
-    name: str, module: nn.Module, old_class: str, lora: tuple[str, nn.Module] | None, reason: str | None, wanted: bool
+    name: str,
+    module: nn.Module,
+    old_class: str,
+    adapter: tuple[str, nn.Module] | None,
+    reason: str | None,
+    wanted: bool,
 ) -> Entry:
     if reason is not None:
         new_class = _qualified(type(module)) if _is_fused(type(module)) else None  # excluded, but fused earlier
@@ -228,7 +215,7 @@ def _entry(
     recorded = _checked(name, module, lambda m: dispatch.record(m, x))
     chosen = next((step for step in recorded if isinstance(step, dispatch.Explanation)), None)
     notes = [str(step) for step in recorded if not isinstance(step, dispatch.Explanation)]
-    status = "base" if lora is not None and _is_fused(type(lora[1])) else "replaced"
+    status = "base" if adapter is not None and _is_fused(type(adapter[1])) else "replaced"
     fields = (name, old_class, _qualified(type(module)))
     if chosen is None:
         return Entry(*fields, None, None, "; ".join(notes), status)

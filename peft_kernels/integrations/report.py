@@ -16,8 +16,8 @@ class Entry:
     where it was left alone. op and backend: the operation it calls and the backend that runs it here, or None;
     passed_over: for each faster backend that does not run it, why. reason: why it was left alone, or for a replaced
     layer why its calls go to the old class at the moment (adapters disabled or merged); else None.
-    status: "replaced"; "base", a 4-bit layer inside a LoRA layer, replaced together with it; "left"; "excluded", left
-    alone because `include` or `exclude` said so.
+    status: "replaced"; "base", a 4-bit layer inside an adapter layer, replaced together with it; "left"; "excluded",
+    left alone because `include` or `exclude` said so.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ReplacementReport:
 
     @property
     def replaced(self) -> tuple[Entry, ...]:
-        """The layers that now run on our kernels (4-bit base layers inside a LoRA layer are not counted again)."""
+        """The layers that now run on our kernels (4-bit base layers inside an adapter layer are not counted again)."""
         return self._with_status("replaced")
 
     @property
@@ -73,10 +73,10 @@ class ReplacementReport:
         if counts["excluded"]:
             head += f", {counts['excluded']} excluded"
         if counts["base"]:
-            head += f"; {counts['base']} 4-bit base layers went with their LoRA layers"
+            head += f"; {counts['base']} 4-bit base layers went with their adapter layers"
         rows = [entry for entry in self.entries if entry.status != "base"]
         if not rows:
-            return f"{head} (no Hugging Face PEFT LoRA layer and no bitsandbytes 4-bit layer was found)"
+            return f"{head} (no Hugging Face PEFT adapter layer and no bitsandbytes 4-bit layer was found)"
         notes = {f"not {backend}: {why}" for entry in rows for backend, why in entry.passed_over}
         return "\n".join([head, *_columns(("layer", "class", "kernel, or why not"), _grouped(rows)), *sorted(notes)])
 

@@ -64,7 +64,7 @@ def test_report_says_why_the_reference_runs():
 
 def test_report_of_a_model_without_such_layers():
     report = pk.replace_layers(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
-    assert report.entries == () and "no Hugging Face PEFT LoRA layer" in str(report)
+    assert report.entries == () and "no Hugging Face PEFT adapter layer" in str(report)
 
 
 def test_report_of_merged_layers():
@@ -169,8 +169,8 @@ def _accelerate_hook(inner):
     return model
 
 
-def _ia3():
-    config = peft.IA3Config(target_modules=["proj"], feedforward_modules=[])
+def _loha():
+    config = peft.LoHaConfig(target_modules=["proj"])
     return peft.get_peft_model(One(nn.Linear(8, 8)), config)
 
 
@@ -179,7 +179,7 @@ LEFT_ALONE = {
     "base-subclass": (_my_linear, "its base layer is of class .*MyLinear"),
     "accelerate": (lambda: _accelerate_hook(False), r"its forward is replaced on the instance \(accelerate's hook\)"),
     "accelerate-base": (lambda: _accelerate_hook(True), r"its base layer's forward .*accelerate"),
-    "other-method": (_ia3, "there is no kernel for this class"),
+    "other-method": (_loha, "there is no kernel for this class"),
     "dora": (lambda: lora_model("dense", use_dora=True)[0], "a Dora variant of LoRA"),
 }
 

@@ -61,6 +61,29 @@ def lora_model(kind, k=128, n=48, dtype=torch.bfloat16, bias=True, adapter_dtype
     return model, layer
 
 
+def ia3_model(
+    kind, k=128, n=48, dtype=torch.bfloat16, bias=True, feedforward=False, adapters=("default",), adapter_dtype=None
+):
+    """A PEFT model of one layer with IA³ adapters (random, some of their elements zero), and that layer."""
+    from peft import IA3Config, get_peft_model
+
+    torch.manual_seed(k + n)
+    linear = nn.Linear(k, n, bias=bias).to(dtype)
+    model = One(linear if kind == "dense" else four_bit(linear, dtype))
+    model.is_loaded_in_4bit = kind == "4bit"
+    config = IA3Config(target_modules=["proj"], feedforward_modules=["proj"] if feedforward else [])
+    model = get_peft_model(model, config, adapter_name=adapters[0])
+    for name in adapters[1:]:
+        model.add_adapter(name, config)
+    layer = model.base_model.model.proj
+    if len(adapters) > 1:
+        model.base_model.set_adapter(list(adapters))
+    for vector in layer.ia3_l.values():
+        vector.data = (1 + torch.randn(vector.shape) / 2).to(adapter_dtype or vector.dtype)
+        vector.data.view(-1)[::7] = 0
+    return model, layer
+
+
 def tiny_llama(kind="dense", dtype=torch.float32, **config):
     """A random two-layer Llama with LoRA on all its projections."""
     from peft import LoraConfig, get_peft_model
@@ -112,7 +135,7 @@ def run(model, x, dy=None):
 
 
 def oracle(layer, x, dy):
-    """`run` for a LoRA layer (or a bare 4-bit one) in float64, named alike."""
+    """`run` for a LoRA or an IA³ layer (or a bare 4-bit one) in float64, named alike."""
     base = getattr(layer, "base_layer", layer)
     w = base.weight
     w = (
@@ -123,8 +146,11 @@ def oracle(layer, x, dy):
     params = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters() if p.requires_grad}
     leaf = x.detach().double().requires_grad_()
     bias = None if base.bias is None else params.get("bias", base.bias.detach().double())
-    y = nn.functional.linear(leaf, w, bias)
-    for name in getattr(layer, "active_adapters", ()):
+    scales = {True: 1.0, False: 1.0}  # of the input, of the output
+    for name in layer.active_adapters if hasattr(layer, "ia3_l") else ():
+        scales[layer.is_feedforward] = scales[layer.is_feedforward] * params[f"ia3_l.{name}"].flatten()
+    y = nn.functional.linear(leaf * scales[True], w, bias) * scales[False]
+    for name in layer.active_adapters if hasattr(layer, "lora_A") else ():
         s = nn.functional.linear(leaf, params[f"lora_A.{name}.weight"])
         delta = nn.functional.linear(s, params[f"lora_B.{name}.weight"], params.get(f"lora_B.{name}.bias"))
         y = y + layer.scaling[name] * delta

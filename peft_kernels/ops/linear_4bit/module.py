@@ -1,4 +1,4 @@
-"""Linear4bit: nn.Linear with a frozen 4-bit weight."""
+"""Linear4bit: nn.Linear with a frozen 4-bit weight; FrozenWeight: what it shares with layers that train more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,59 @@ from .op import linear_4bit
 from .state import from_state, to_state
 
 
-class Linear4bit(nn.Module):
+class FrozenWeight(nn.Module):
+    """A layer with a frozen `weight` (N, K), 4-bit or dense, that moves, saves and loads with it.
+
+    The state dict has bitsandbytes' keys for a 4-bit weight, and loads in both directions.
+    """
+
+    weight: Any  # a Weight4bit or an nn.Parameter
+
+    def __init__(self, weight: Weight4bit | torch.Tensor):
+        super().__init__()
+        dense = isinstance(weight, torch.Tensor)
+        self.weight = nn.Parameter(weight, requires_grad=False) if dense else weight  # type: ignore[arg-type]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.shape[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenWeight:
+        super()._apply(fn, recurse)
+        if isinstance(self.weight, Weight4bit):
+            # Only the device follows the module: casting the scales or the codes would destroy the weight.
+            device = fn(torch.empty(0, device=self.weight.device)).device
+            if device != self.weight.device:
+                self.weight = self.weight.to(device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self.weight, Weight4bit):
+            destination.update(to_state(self.weight, prefix + "weight"))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        entry = prefix + "weight"
+        taken: list[str] = []
+        if not isinstance(self.weight, Weight4bit):
+            pass  # a parameter like any other
+        elif entry in state_dict:
+            weight, taken = from_state(state_dict, entry)
+            self.weight = weight.to(self.weight.device)
+        else:
+            args[2].append(entry)  # missing_keys
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected = args[3]
+        unexpected[:] = [key for key in unexpected if key not in taken]
+
+
+class Linear4bit(FrozenWeight):
     """Y = x W^T + b over a frozen 4-bit weight; see `peft_kernels.functional.linear_4bit`.
 
     Its state dict has bitsandbytes' keys, and loads in both directions.
@@ -22,8 +74,7 @@ class Linear4bit(nn.Module):
     """
 
     def __init__(self, weight: Weight4bit, bias: torch.Tensor | None = None):
-        super().__init__()
-        self.weight = weight
+        super().__init__(weight)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
     @classmethod
@@ -39,16 +90,6 @@ class Linear4bit(nn.Module):
         """Share the weight and the bias of a `bitsandbytes.nn.Linear4bit`."""
         return cls(Weight4bit.from_bnb(layer.weight), layer.bias)  # type: ignore[arg-type]
 
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.weight.shape[0]
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N)."""
         return linear_4bit(x, self.weight, self.bias)
@@ -56,27 +97,3 @@ class Linear4bit(nn.Module):
     def extra_repr(self) -> str:
         """What print(module) shows."""
         return f"{self.weight}, bias={self.bias is not None}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
-        # Only the device follows the module: casting the scales or the codes would destroy the weight.
-        super()._apply(fn, recurse)
-        device = fn(torch.empty(0, device=self.weight.device)).device
-        if device != self.weight.device:
-            self.weight = self.weight.to(device)
-        return self
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(to_state(self.weight, prefix + "weight"))
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        entry = prefix + "weight"
-        taken: list[str] = []
-        if entry in state_dict:
-            weight, taken = from_state(state_dict, entry)
-            self.weight = weight.to(self.weight.device)
-        else:
-            args[2].append(entry)  # missing_keys
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        unexpected = args[3]
-        unexpected[:] = [key for key in unexpected if key not in taken]

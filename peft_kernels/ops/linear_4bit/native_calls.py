@@ -49,8 +49,18 @@ def backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
     return dy @ decode(weight, dy.dtype)
 
 
-def forward_fused(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, terms: list[Term]) -> torch.Tensor:
-    """The fused kernel: y = x W^T + b + sum of scaling * S B^T for terms (S, ldS, B, dtype of B, r, scaling)."""
+def forward_fused(
+    x: torch.Tensor,
+    weight: Weight4bit,
+    bias: torch.Tensor | None,
+    terms: list[Term],
+    out_scale: torch.Tensor | None = None,
+    unscaled: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The fused kernel: y = x W^T + b + sum of scaling * S B^T for terms (S, ldS, B, dtype of B, r, scaling).
+
+    out_scale: (N,) float32, multiplies y; unscaled: (M, N) contiguous, takes what y was before that.
+    """
     x = row_major(x)
     m, n = x.shape[0], weight.shape[0]
     y = x.new_empty((m, n))
@@ -65,12 +75,19 @@ def forward_fused(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None
         terms,
         y.data_ptr(),
         n,
+        0 if out_scale is None else out_scale.data_ptr(),
+        0 if unscaled is None else unscaled.data_ptr(),
     )
     return y
 
 
-def backward_fused(dy: torch.Tensor, weight: Weight4bit, terms: list[Term]) -> torch.Tensor:
-    """The fused kernel: dx = dy W + sum of mask * (T A) for terms (T, ldT, A, dtype of A, r, dropout_p, seed)."""
+def backward_fused(
+    dy: torch.Tensor, weight: Weight4bit, terms: list[Term], in_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The fused kernel: dx = dy W + sum of mask * (T A) for terms (T, ldT, A, dtype of A, r, dropout_p, seed).
+
+    in_scale: (N,) float32, multiplies the columns of dy.
+    """
     dy = row_major(dy)
     m, k = dy.shape[0], weight.shape[1]
     dx = dy.new_empty((m, k))
@@ -83,6 +100,7 @@ def backward_fused(dy: torch.Tensor, weight: Weight4bit, terms: list[Term]) -> t
         terms,
         dx.data_ptr(),
         k,
+        0 if in_scale is None else in_scale.data_ptr(),
     )
     return dx
 

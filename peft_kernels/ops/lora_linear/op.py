@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from ... import dispatch
-from ...checks import bad_type, bad_value, check_bias, check_device, check_input
 from ...dropout import draw_seeds
-from ...weight4bit import Weight4bit
+from ...weight4bit import Weight4bit, check_base, join_base, split_base
 from . import reference
 from .adapters import Adapters
 
@@ -65,7 +64,7 @@ def lora_linear(
     Source: LoRA, arXiv:2106.09685, equation 3; QLoRA, arXiv:2305.14314, equation 5; rsLoRA, arXiv:2312.03732.
     """
     adapters = Adapters.parse(lora_A, lora_B, scaling, lora_bias, dropout_p, training)
-    out_features, in_features = _check(x, weight, bias)
+    out_features, in_features = check_base(x, weight, bias)
     adapters.check(out_features, in_features, x.device)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -77,7 +76,7 @@ def lora_linear(
     for s, lora_bias_i in zip(adapters.scaling, adapters.lora_bias, strict=True):
         if lora_bias_i is not None:
             bias = s * lora_bias_i if bias is None else bias + s * lora_bias_i
-    parts, meta = (weight.parts(), weight.meta()) if isinstance(weight, Weight4bit) else ([weight], [])
+    parts, meta = split_base(weight)
     rows = x.reshape(-1, in_features)
     tensors = (*parts, *adapters.lora_A, *adapters.lora_B)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *tensors)):
@@ -97,21 +96,6 @@ def lora_linear(
             backend,
         )
     return y.view(*x.shape[:-1], out_features)
-
-
-def _check(x: torch.Tensor, weight: object, bias: object) -> tuple[int, int]:
-    """(N, K) of a weight that fits x and bias."""
-    if not isinstance(weight, torch.Tensor | Weight4bit):
-        raise bad_type("weight", "a torch.Tensor or a Weight4bit", weight, "Pass layer.weight or a Weight4bit.")
-    if len(weight.shape) != 2:
-        raise bad_value("weight", "shape (N, K)", tuple(weight.shape), "Pass the linear layer's weight.")
-    out_features, in_features = weight.shape
-    check_input(x, in_features)
-    if isinstance(weight, torch.Tensor) and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise bad_value("weight", f"dtype {x.dtype} (that of x)", weight.dtype, "Cast x to the weight's dtype.")
-    check_device("weight", weight if isinstance(weight, torch.Tensor) else weight.packed, x.device)
-    check_bias(bias, out_features, x.device)
-    return out_features, in_features
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -150,16 +134,12 @@ class _LoRALinear(torch.autograd.Function):
         return None, dx if needs[0] else None, dbias, None, *dparts, *dA, *dB
 
 
-def _weight(parts: list[torch.Tensor], meta: list[int]) -> torch.Tensor | Weight4bit:
-    return Weight4bit.from_parts(parts, meta) if meta else parts[0]
-
-
 @torch.library.impl(_lib, "lora_linear_forward", "CompositeExplicitAutograd")
 def _forward(x, parts, meta, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend):
     if x.shape[0] == 0:
         return _forward_fake(x, parts, meta, bias, lora_A, lora_B, scaling, dropout_p, seeds, backend)
     implementation = dispatch.implementation("lora_linear", backend)
-    return implementation.forward(x, _weight(parts, meta), bias, lora_A, lora_B, scaling, dropout_p, seeds)
+    return implementation.forward(x, join_base(parts, meta), bias, lora_A, lora_B, scaling, dropout_p, seeds)
 
 
 @torch.library.register_fake("peft_kernels::lora_linear_forward", lib=_lib)
@@ -174,7 +154,7 @@ def _backward(dy, x, parts, meta, s, lora_A, lora_B, scaling, dropout_p, seeds, 
         outs = _backward_fake(dy, x, parts, meta, s, lora_A, lora_B, scaling, dropout_p, seeds, needs, backend)
         return [out.zero_() for out in outs]
     dx, dA, dB = dispatch.implementation("lora_linear", backend).backward(
-        dy, x, _weight(parts, meta), s, lora_A, lora_B, scaling, dropout_p, seeds, *needs
+        dy, x, join_base(parts, meta), s, lora_A, lora_B, scaling, dropout_p, seeds, *needs
     )
     return [dy.new_empty(0) if dx is None else dx, *(dA if needs[1] else []), *(dB if needs[2] else [])]
 

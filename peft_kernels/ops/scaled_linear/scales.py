@@ -1,0 +1,31 @@
+"""The learned vector of a layer, or the product of those of its active adapters."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+
+import torch
+
+from ...checks import bad_value, check_tensor
+
+
+def combined_scale(
+    scale: torch.Tensor | Sequence[torch.Tensor], shape: Sequence[int], is_feedforward: bool
+) -> torch.Tensor:
+    """The product of the vectors, (N,) or for a feed-forward layer (K,), with a gradient to each of them."""
+    features = shape[1] if is_feedforward else shape[0]
+    allowed = ((features,), (1, features)) if is_feedforward else ((features,), (features, 1))
+    single = isinstance(scale, torch.Tensor)
+    vectors: list[torch.Tensor] = [scale] if isinstance(scale, torch.Tensor) else list(scale)
+    if not vectors:
+        raise bad_value("scale", "at least one vector", "none", "Call the base layer when no adapter is active.")
+    for i, vector in enumerate(vectors):
+        name = "scale" if single else f"scale[{i}]"
+        check_tensor(name, vector)
+        if tuple(vector.shape) not in allowed:
+            kind = "scales the input" if is_feedforward else "scales the output"
+            remedy = f"It {kind} of a weight {tuple(shape)}; see is_feedforward."
+            raise bad_value(name, f"shape {allowed[0]} or {allowed[1]}", tuple(vector.shape), remedy)
+    return functools.reduce(operator.mul, (vector.reshape(-1) for vector in vectors))
