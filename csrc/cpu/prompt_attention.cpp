@@ -14,6 +14,11 @@ namespace {
 
 // A thread more for each 25 us of work at 100 GFLOP/s.
 constexpr int64_t kFlopsPerThread = 2'500'000;
+// What packing an element of a prompt costs, in FLOPs that fit into the same time.
+constexpr int64_t kPackFlops = 64;
+// Up to this many queries of a prompt head read the prompt in place. Not in float32, where a backward pass would see
+// that its scores, from packed products, round differently.
+constexpr int64_t kDirectRows = 8;
 // Queries are cut for parallel sums of the prompts' gradients by the shape alone, into this many pieces at most.
 constexpr int64_t kMostPieces = 64;
 
@@ -70,7 +75,8 @@ struct Plan {
 
   int64_t panel_units() const { return sizes.Dp * sizes.Pp / sizes.step; }
   int threads(int64_t products) const {
-    return threads_for(2 * products * heads * rows * sizes.Pp * sizes.Dp / sizes.step, kFlopsPerThread);
+    const int64_t of_rows = 2 * products * rows / sizes.step, of_packing = kPackFlops * pieces;
+    return threads_for(heads * sizes.Pp * sizes.Dp * (of_rows + of_packing), kFlopsPerThread);
   }
   // Generous for any cut of a block's scratch in prompt_attention_tiles.h.
   int64_t block_floats() const { return kBlockRows * (sizes.Pp + sizes.Dp) * 6; }
@@ -95,6 +101,10 @@ struct Plan {
     }
   }
 
+  void* row(const Heads& prompt, int64_t head, int64_t p = 0) const {
+    return at(prompt, shape.prompt_dtype, shape.per_sample ? head / shape.Hkv : 0, head % shape.Hkv, p);
+  }
+
   // Panels of a prompt head in this thread's scratch, those that `wanted` marks: kt, vt, kn, vn.
   PromptPanels pack(const Heads& prompt_k, const Heads& prompt_v, int64_t head, const bool (&wanted)[4]) const {
     const int64_t units = panel_units();
@@ -102,18 +112,16 @@ struct Plan {
     uint32_t* panel[4];
     for (int i = 0; i < 4; ++i) panel[i] = wanted[i] ? next + (i + 1) * units : nullptr;
     const PromptPanels panels = {panel[0], panel[1], panel[2], panel[3]};
-    const int64_t b = shape.per_sample ? head / shape.Hkv : 0, h = head % shape.Hkv;
-    passes.pack(sizes, at(prompt_k, shape.prompt_dtype, b, h, 0), prompt_k.stride_l,
-                at(prompt_v, shape.prompt_dtype, b, h, 0), prompt_v.stride_l, shape.prompt_dtype, panels, next);
+    passes.pack(sizes, row(prompt_k, head), prompt_k.stride_l, row(prompt_v, head), prompt_v.stride_l,
+                shape.prompt_dtype, panels, next);
     return panels;
   }
 
   // dprompts = sums, [2][Pp][Dp].
   void store(const float* sums, int64_t head, const Heads& dprompt_k, const Heads& dprompt_v) const {
-    const int64_t b = shape.per_sample ? head / shape.Hkv : 0, h = head % shape.Hkv;
     for (int which = 0; which < 2; ++which, sums += sizes.Pp * sizes.Dp)
       for (int64_t p = 0; p < shape.P; ++p) {
-        void* to = at(which ? dprompt_v : dprompt_k, shape.prompt_dtype, b, h, p);
+        void* to = row(which ? dprompt_v : dprompt_k, head, p);
         for (int64_t d = 0; d < shape.D; ++d) store_f32(to, d, shape.prompt_dtype, sums[p * sizes.Dp + d]);
       }
   }
@@ -127,12 +135,15 @@ void prompt_attention_forward(const PromptShape& shape, const Heads& q, const He
   require(q.data && prompt_k.data && prompt_v.data && lse && out.data, "null argument");
   require(base.data || !gate, "a gated prompt needs the attention that it adds to");
   const Options options = {shape.dtype, shape.scale, gate != nullptr, false};
+  const bool direct = plan.rows <= kDirectRows && shape.dtype != DType::F32;
   const int threads = plan.threads(2);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t item = 0; item < plan.heads * plan.pieces; ++item) {
     const int64_t head = item / plan.pieces;
-    const PromptPanels panels = plan.pack(prompt_k, prompt_v, head, {true, false, false, true});
-    void* scratch = lora_scratch(2, size_t(plan.block_floats()) * sizeof(float));
+    const PromptPanels panels =
+        direct ? PromptPanels{} : plan.pack(prompt_k, prompt_v, head, {true, false, false, true});
+    const int64_t floats = direct ? plan.sizes.Pp + 2 * plan.sizes.Dp + 64 : plan.block_floats();
+    void* scratch = lora_scratch(2, size_t(floats) * sizeof(float));
     plan.for_blocks(
         head, item % plan.pieces,
         [&](QueryBlock& block, int64_t i, int64_t b, int64_t h, int64_t l) {
@@ -142,7 +153,11 @@ void prompt_attention_forward(const PromptShape& shape, const Heads& q, const He
           block.lse[i] = lse + (b * shape.H + h) * shape.L + l;
           block.gate[i] = gate ? gate[h] : 1.0f;
         },
-        [&](const QueryBlock& block) { plan.passes.forward(plan.sizes, panels, block, options, scratch); });
+        [&](const QueryBlock& block) {
+          if (!direct) return plan.passes.forward(plan.sizes, panels, block, options, scratch);
+          plan.passes.direct(plan.sizes, plan.row(prompt_k, head), prompt_k.stride_l, plan.row(prompt_v, head),
+                             prompt_v.stride_l, shape.prompt_dtype, block, options, scratch);
+        });
   }
 }
 

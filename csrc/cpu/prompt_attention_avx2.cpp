@@ -2,6 +2,6 @@
 
 namespace peft_kernels {
 
-const PromptKernels kPromptAvx2 = {{pack<Float32Unit>, forward<Float32Unit>, backward<Float32Unit>}, {}};
+const PromptKernels kPromptAvx2 = {{pack<Float32Unit>, forward<Float32Unit>, direct, backward<Float32Unit>}, {}};
 
 }  // namespace peft_kernels

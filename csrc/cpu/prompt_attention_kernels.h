@@ -46,6 +46,9 @@ struct PromptPasses {
                const PromptPanels& panels, void* scratch);
   void (*forward)(const PromptSizes& sizes, const PromptPanels& panels, const QueryBlock& block, const Options& options,
                   void* scratch);
+  // The same from the rows themselves: for so few queries that packing them does not pay.
+  void (*direct)(const PromptSizes& sizes, const void* k, int64_t ldk, const void* v, int64_t ldv, DType prompt_dtype,
+                 const QueryBlock& block, const Options& options, void* scratch);
   // Adds to dk and dv, [Pp][Dp] float32, unless they are null.
   void (*backward)(const PromptSizes& sizes, const PromptPanels& panels, const QueryBlock& block,
                    const Options& options, float* dk, float* dv, void* scratch);

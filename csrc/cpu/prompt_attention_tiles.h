@@ -119,6 +119,29 @@ inline void exponentials(const float* scores, int64_t columns, uint32_t* weights
   *sum = sum_lanes(sums);
 }
 
+// out and lse of a row from the prompt's part: its weighted values, not yet divided by the weights' sum.
+inline void merge(const PromptSizes& s, const QueryBlock& block, int64_t i, const Options& options,
+                  const float* prompted, float sum, float largest) {
+  float lse = largest + std::log(sum), of_input = 1.0f, of_prompt = (options.gated ? block.gate[i] : 1.0f) / sum;
+  if (!options.gated && block.in[i]) {
+    const float other = *block.lse[i], most = other > lse ? other : lse;
+    const float merged = most + std::log(std::exp(other - most) + std::exp(lse - most));
+    of_input = std::exp(other - merged), of_prompt *= std::exp(lse - merged);
+    lse = merged;
+  }
+  *block.lse[i] = lse;
+  for (int64_t d = 0; d < s.D; d += kLanes) {
+    const int64_t n = s.D - d < kLanes ? s.D - d : kLanes;
+    f32x16 merged = load_vector<f32x16>(prompted + d) * splat(of_prompt);
+    if (block.in[i]) {
+      const f32x16 input = load_elements(block.in[i], options.dtype, d, n);
+      merged = multiply_add(input, splat(of_input), merged);
+      if (options.gated && block.gate[i] == 0) merged = input;  // its signed zeros too
+    }
+    store_elements(block.to[i], options.dtype, d, n, merged);
+  }
+}
+
 template <class Unit>
 void forward(const PromptSizes& s, const PromptPanels& panels, const QueryBlock& block, const Options& options,
              void* scratch) {
@@ -127,35 +150,40 @@ void forward(const PromptSizes& s, const PromptPanels& panels, const QueryBlock&
   uint32_t* q = cut.take<uint32_t>(kBlockRows * width);
   float* scores = cut.take<float>(kBlockRows * block.columns);
   uint32_t* weights = cut.take<uint32_t>(kBlockRows * keys);
-  float* out = cut.take<float>(kBlockRows * s.Dp);
+  float* prompted = cut.take<float>(kBlockRows * s.Dp);
   for (int64_t i = 0; i < block.rows; ++i) Unit::load_row(block.q[i], options.dtype, 0, s.D, width, q + i * width);
   scores_of<Unit>(s, panels, block, q, options.scale, scores);
-  float of_prompt[kBlockRows], of_input[kBlockRows];
-  for (int64_t i = 0; i < block.rows; ++i) {
-    float sum, largest;
-    exponentials<Unit>(scores + i * block.columns, block.columns, weights + i * keys, &sum, &largest);
-    float lse = largest + std::log(sum);
-    of_input[i] = 1.0f, of_prompt[i] = (options.gated ? block.gate[i] : 1.0f) / sum;
-    if (!options.gated && block.in[i]) {
-      const float other = *block.lse[i], most = other > lse ? other : lse;
-      const float merged = most + std::log(std::exp(other - most) + std::exp(lse - most));
-      of_input[i] = std::exp(other - merged), of_prompt[i] *= std::exp(lse - merged);
-      lse = merged;
-    }
-    *block.lse[i] = lse;
-  }
-  product<Unit>(weights, keys, 1, panels.vn, s.Dp, block.rows, s.Dp, keys, out, false);
+  float sum[kBlockRows], largest[kBlockRows];
   for (int64_t i = 0; i < block.rows; ++i)
-    for (int64_t d = 0; d < s.D; d += kLanes) {
-      const int64_t n = s.D - d < kLanes ? s.D - d : kLanes;
-      f32x16 merged = load_vector<f32x16>(out + i * s.Dp + d) * splat(of_prompt[i]);
-      if (block.in[i]) {
-        const f32x16 input = load_elements(block.in[i], options.dtype, d, n);
-        merged = multiply_add(input, splat(of_input[i]), merged);
-        if (options.gated && block.gate[i] == 0) merged = input;  // its signed zeros too
-      }
-      store_elements(block.to[i], options.dtype, d, n, merged);
+    exponentials<Unit>(scores + i * block.columns, block.columns, weights + i * keys, &sum[i], &largest[i]);
+  product<Unit>(weights, keys, 1, panels.vn, s.Dp, block.rows, s.Dp, keys, prompted, false);
+  for (int64_t i = 0; i < block.rows; ++i) merge(s, block, i, options, prompted + i * s.Dp, sum[i], largest[i]);
+}
+
+void direct(const PromptSizes& s, const void* k, int64_t ldk, const void* v, int64_t ldv, DType prompt_dtype,
+            const QueryBlock& block, const Options& options, void* scratch) {
+  Cutter cut{(char*)scratch};
+  float *q = cut.take<float>(s.Dp), *scores = cut.take<float>(block.columns), *prompted = cut.take<float>(s.Dp);
+  for (int64_t i = 0; i < block.rows; ++i) {
+    Float32Unit::load_row(block.q[i], options.dtype, 0, s.D, s.Dp, (uint32_t*)q);
+    for (int64_t p = 0; p < block.columns; ++p) {
+      f32x16 sums = {};
+      for (int64_t d = 0; d < s.D && p < block.seen[i]; d += kLanes)
+        sums = multiply_add(load_vector<f32x16>(q + d),
+                            load_elements(k, prompt_dtype, p * ldk + d, s.D - d < kLanes ? s.D - d : kLanes), sums);
+      scores[p] = p < block.seen[i] ? sum_lanes(sums) * options.scale : -INFINITY;
     }
+    float sum, largest;
+    exponentials<Float32Unit>(scores, block.columns, (uint32_t*)scores, &sum, &largest);
+    for (int64_t d = 0; d < s.D; d += kLanes) {
+      f32x16 sums = {};
+      for (int64_t p = 0; p < block.seen[i]; ++p)
+        sums = multiply_add(load_elements(v, prompt_dtype, p * ldv + d, s.D - d < kLanes ? s.D - d : kLanes),
+                            splat(scores[p]), sums);
+      store_vector(prompted + d, sums);
+    }
+    merge(s, block, i, options, prompted, sum, largest);
+  }
 }
 
 // Rows of P and of dS from rows of scores and of dP; delta is sum(dP * P), or null to find it and leave it in delta_to.

@@ -54,7 +54,9 @@ def keys_backward(
 def _own_keys(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether our kernel takes the keys too, each sample's as a prompt of its own."""
     measured = q.dtype == torch.bfloat16 and native.core().isa() == "avx512bf16" and not _has_amx()
-    return measured and mask is None and q.shape[2] > 1 and 0 < k.shape[2] <= _OWN_KEYS
+    if not measured or mask is not None or k.shape[2] == 0:
+        return False
+    return k.shape[2] <= _OWN_KEYS if q.shape[2] > 1 else q.shape[1] == k.shape[1]
 
 
 @functools.cache
