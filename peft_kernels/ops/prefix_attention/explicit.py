@@ -50,7 +50,10 @@ def backward(
     dweights = upstream @ prompt_v.float().mT
     if gate is None:
         assert out is not None
-        delta, factor = (upstream * _gather(out, prompt_k)).sum(dim=-1, keepdim=True), 1.0
+        delta, factor = (
+            (upstream * _gather(out, prompt_k)).sum(dim=-1, keepdim=True),
+            torch.ones_like(upstream[..., :1]),
+        )
     else:
         delta = (weights * dweights).sum(dim=-1, keepdim=True)
         factor = _gather(gate[:, None, None].expand(*q.shape[:3], 1), prompt_k)

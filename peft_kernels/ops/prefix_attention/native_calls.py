@@ -113,8 +113,8 @@ def backward(
     Without a gate, `out` is the forward's and the prompts' part is added to dq; with one, dq is written.
     """
     dprompts = [p.new_empty(p.shape if need_prompts else 0) for p in (prompt_k, prompt_v)]
-    targets = dprompts if need_prompts else [None, None]
-    dgate = _backward(dy, q, prompt_k, prompt_v, out, lse, gate, scale, dq, gate is None, *targets, False)
+    dk, dv = dprompts if need_prompts else (None, None)
+    dgate = _backward(dy, q, prompt_k, prompt_v, out, lse, gate, scale, dq, gate is None, dk, dv, False)
     return dprompts[0], dprompts[1], dgate
 
 
