@@ -174,6 +174,22 @@ def test_leading_dimensions_strides_and_no_rows(backend, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_no_columns(backend, method):
+    case = Case(method, (3, 0, 8), DTYPES["float32"], False)
+    ours, expected = case.run(case.function), case.run(functools.partial(case.function, namespace=pk.reference))
+    for name in ours:
+        torch.testing.assert_close(ours[name], expected[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_result_may_be_changed_in_place(backend, method):
+    case = Case(method, (4, 64, 8), DTYPES["float32"], True)
+    plain = case.run(lambda *args: case.function(*args).view(2, 2, 8).relu().view(4, 8))
+    changed = case.run(lambda *args: case.function(args[0].view(2, 2, 64), *args[1:]).relu_().view(4, 8))
+    assert all(torch.equal(plain[name], changed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_expanded_gradient(backend, method):
     case = Case(method, (24, 128, 32), DTYPES["float32"], True)
     case.dy = torch.ones(1, 1).expand(24, 32)

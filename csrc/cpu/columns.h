@@ -1,5 +1,4 @@
-// One pass over a matrix that scales its columns and sums them: what surrounds the GEMM of a scaled, biased linear
-// layer.
+// One pass over a matrix that scales its columns and sums them: what a scaled, biased linear layer has beside its GEMM.
 #pragma once
 
 #include <cstdint>

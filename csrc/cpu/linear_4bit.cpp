@@ -151,9 +151,9 @@ void linear_4bit_forward(const void* x, DType dtype, int64_t M, int64_t ldx, con
     common.push_back(common_term(kName, term));
     common.back().scaling = float(std::get<5>(term));
   }
-  const Linear4Job job{
-      x, dtype, M,         ldx,      &w,     bias, bias_dtype, common.data(), int64_t(common.size()), ranks(common),
-      y, ldy,   out_scale, unscaled, nullptr};
+  Linear4Job job{x, dtype, M, ldx, &w, bias, bias_dtype, common.data(), int64_t(common.size()), ranks(common), y, ldy};
+  job.out_scale = out_scale;
+  job.unscaled = unscaled;
   const int threads = threads_for(M * w.numel(), kGrain);
   if (!has_bf16_kernels(dtype)) return linear4_small_forward(job, threads);
   run_forward(job, threads);
@@ -176,9 +176,8 @@ void linear_4bit_backward(const void* dy, DType dtype, int64_t M, int64_t ldy, c
     common.back().seed = std::get<6>(term);
     require(common.back().p >= 0 && common.back().p <= 1, kName, "dropout p must be in [0, 1]");
   }
-  const Linear4Job job{
-      dy, dtype, M,       ldy,     &w,      nullptr, dtype, common.data(), int64_t(common.size()), ranks(common),
-      dx, ldx,   nullptr, nullptr, in_scale};
+  Linear4Job job{dy, dtype, M, ldy, &w, nullptr, dtype, common.data(), int64_t(common.size()), ranks(common), dx, ldx};
+  job.in_scale = in_scale;
   const int threads = threads_for(M * w.numel(), kGrain);
   run_backward(job, threads);
 }

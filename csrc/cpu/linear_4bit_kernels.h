@@ -29,9 +29,9 @@ struct Linear4Job {
   int64_t term_count, rank_sum;
   void* out;
   int64_t ld_out;
-  const float* out_scale;  // [lanes]: multiplies the result, or null
-  void* unscaled;          // the result before that, laid out as `out`, or null
-  const float* in_scale;   // [N], backward: multiplies the rows of W, or null
+  const float* out_scale = nullptr;  // forward, [N]: multiplies the result
+  void* unscaled = nullptr;          // forward: takes the result before that, laid out as `out`
+  const float* in_scale = nullptr;   // backward, [N]: multiplies the rows of W
 };
 
 constexpr int64_t kLinear4Lanes = 64;     // columns of a GEMM panel: four vectors of 16 float32

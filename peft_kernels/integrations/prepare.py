@@ -178,7 +178,7 @@ def _swap(module: Any, method: int, *, add_bias: bool) -> str | None:
     if isinstance(cls, str):
         file, name = cls.split(".")
         cls = getattr(importlib.import_module(f"peft_kernels.integrations.{file}"), name)
-    quantized = isinstance(module.weight, Weight4bit) or not module.weight.is_floating_point()
+    quantized = isinstance(module.weight, Weight4bit) or _is_packed(module.weight)
     n, dtype, device = module.out_features, torch.float32 if quantized else module.weight.dtype, module.weight.device
     if module.bias is None and add_bias:
         module.bias = nn.Parameter(torch.zeros(n, dtype=dtype, device=device))
@@ -201,7 +201,7 @@ def _finish(
     for name, module in modules:
         if matches(whole, name, module):
             for parameter in module.parameters():
-                parameter.requires_grad_(parameter.is_floating_point())
+                parameter.requires_grad_(not _is_packed(parameter))
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(_numel(p) for p in model.parameters())
@@ -209,6 +209,11 @@ def _finish(
         weight: Any = getattr(module, "weight", None)  # no parameter, where it is a Weight4bit
         total += math.prod(weight.shape) if isinstance(weight, Weight4bit) else 0
     return PreparationReport(trainable, total, trained, tuple(layers), tuple(left))
+
+
+def _is_packed(parameter: Any) -> bool:
+    """Whether a parameter holds codes (bitsandbytes can store them as a floating dtype) or integers."""
+    return getattr(parameter, "quant_state", None) is not None or not parameter.is_floating_point()
 
 
 def _numel(parameter: Any) -> int:

@@ -12,6 +12,7 @@ from ...triton_common.device import apply_dropout, dot, lora_seed
 @triton.jit
 def _linear_4bit_fwd_kernel(
     x_ptr, packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, bias_ptr, left_ptr, right_ptr, out_ptr,
+    out_scale_ptr,
     M, N, K, rank, k_per_split, scaling, stride_xm, stride_wn, stride_sn, stride_lm, stride_rr, stride_rn,
     DECODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LORA: tl.constexpr, LORA_PIECES: tl.constexpr,
@@ -48,6 +49,8 @@ def _linear_4bit_fwd_kernel(
             x.dtype, DECODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         acc = dot(w, x, acc)
+    if out_scale_ptr is not None:
+        acc *= tl.load(out_scale_ptr + n0 + n, mask=n0 + n < N, other=0.0)[:, None]
     out_ptr += (split.to(tl.int64) * M + m)[None, :] * N + (n0 + n)[:, None]
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(n0 + n < N)[:, None] & (m < M)[None, :])
 

@@ -74,8 +74,14 @@ def fused(x: torch.Tensor, weight: Weight4bit) -> bool:
     return x.dtype != torch.float32 and x.shape[0] <= _CROSSOVER[kind]
 
 
-def fused_forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, term: LowRank | None) -> torch.Tensor:
-    """y (M, N) = x W^T + b + term, where term.right is (rank, N)."""
+def fused_forward(
+    x: torch.Tensor,
+    weight: Weight4bit,
+    bias: torch.Tensor | None,
+    term: LowRank | None,
+    out_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y (M, N) = x W^T + b + term, where term.right is (rank, N); times out_scale (N,) float32 if given."""
     m, (n, k) = x.shape[0], weight.shape
     on, tile = target(x.device), _tile(_FORWARD, m)
     grid = (triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m))
@@ -92,6 +98,7 @@ def fused_forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None
         x.device,
         x_ptr=x,
         bias_ptr=bias,
+        out_scale_ptr=out_scale,
         out_ptr=planes,
         k_per_split=k_per_split,
         stride_xm=x.stride(0),

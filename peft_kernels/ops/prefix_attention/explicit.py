@@ -27,8 +27,8 @@ def forward(
         lse.copy_(prompt_lse)
         return
     merged = torch.logaddexp(lse, prompt_lse)
-    shares = ((part - merged).exp()[..., None] for part in (lse, prompt_lse))
-    out.copy_(sum(share * part for share, part in zip(shares, (base, prompted), strict=True)))
+    of_base, of_prompt = ((part - merged).exp()[..., None] for part in (lse, prompt_lse))
+    out.copy_(of_base * base + of_prompt * prompted)
     lse.copy_(merged)
 
 

@@ -77,8 +77,10 @@ class _ScaledLinear(torch.autograd.Function):
 
 @torch.library.impl(_lib, "scaled_linear_forward", "CompositeExplicitAutograd")
 def _forward(x, parts, meta, bias, scale, is_feedforward, keep, backend):
-    if x.shape[0] == 0:
-        return _forward_fake(x, parts, meta, bias, scale, is_feedforward, keep, backend)
+    if x.numel() == 0:
+        y = x.new_zeros(x.shape[0], join_base(parts, meta).shape[0])
+        y = y if bias is None else y + bias.to(y.dtype)
+        return (y * scale).to(y.dtype) if scale is not None and not is_feedforward else y, y if keep else x.new_empty(0)
     implementation = dispatch.implementation("scaled_linear", backend)
     y, unscaled = implementation.forward(x, join_base(parts, meta), bias, scale, is_feedforward, keep)
     return y, x.new_empty(0) if unscaled is None else unscaled

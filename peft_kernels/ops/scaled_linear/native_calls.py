@@ -9,6 +9,7 @@ from ... import native
 from ...weight4bit import Weight4bit
 from ..linear_4bit import native_calls as base
 from ..linear_4bit.native_calls import row_major
+from . import passes
 
 
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -47,44 +48,18 @@ def backward(
     weight: torch.Tensor | Weight4bit,
     scale: torch.Tensor | None,
     is_feedforward: bool,
-    need_dx: bool,
-    need_sums: bool,
-    need_dscale: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dy (M, N) -> dx (M, K), column sums of dy (N,), gradient of the scale; the last two float32. None if not needed.
-
-    saved: x for a feed-forward layer, else the unscaled output; read for the gradient of the scale alone.
-    """
-    dy, scale = row_major(dy), _float32(scale)
-    saved = None if saved is None else row_major(saved)
+    *needs: bool,
+) -> passes.Gradients:
+    """See `passes.backward`; the fused kernel scales the rows of W as it decodes them."""
+    dy, saved = row_major(dy), None if saved is None else row_major(saved)
     fused = isinstance(weight, Weight4bit) and base.fused_backward(dy.shape[0], dy.dtype, weight)
-    if is_feedforward:
-        sums, _ = columns(dy, sums=need_sums)
-        if not (need_dx or need_dscale):
-            return None, sums, None
-        dx = _product(dy, weight, None, fused)
-        _, dscale = columns(dx, times=saved if need_dscale else None, scale=scale, out=dx if need_dx else None)
-        return dx if need_dx else None, sums, dscale
-    scaled = dy
-    if scale is not None and need_dx and not fused:
-        scaled = torch.empty_like(dy)
-    sums, dscale = columns(
-        dy,
-        times=saved if need_dscale else None,
-        scale=scale,
-        out=None if scaled is dy else scaled,
-        sums=need_sums,
-    )
-    return _product(scaled, weight, scale, fused) if need_dx else None, sums, dscale
 
+    def product(dy: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        if not isinstance(weight, Weight4bit):
+            return dy @ weight
+        return base.backward_fused(dy, weight, [], scale) if fused else dy @ base.decode(weight, dy.dtype)
 
-def _product(
-    dy: torch.Tensor, weight: torch.Tensor | Weight4bit, scale: torch.Tensor | None, fused: bool
-) -> torch.Tensor:
-    """dy W; the fused kernel scales the rows of W as it decodes them, for the others dy comes scaled."""
-    if not isinstance(weight, Weight4bit):
-        return dy @ weight
-    return base.backward_fused(dy, weight, [], scale) if fused else dy @ base.decode(weight, dy.dtype)
+    return passes.backward(columns, product, fused, dy, saved, _float32(scale), is_feedforward, needs)  # type: ignore
 
 
 def columns(

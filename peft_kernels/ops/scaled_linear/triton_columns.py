@@ -1,0 +1,87 @@
+"""One pass over a matrix on the GPU: scale its columns, and sum them in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...triton_common.launch import launch, target
+from ...triton_common.planes import split_count, sum_planes
+
+# Rows and columns of a tile: a warp reads two whole rows of 16-bit elements, 16 bytes a thread; a thread keeps 32 of
+# each sum. Set from compiled objects, not measured.
+_BLOCK_M, _BLOCK_N = 32, 128
+
+
+def columns(
+    u: torch.Tensor,
+    *,
+    times: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    sums: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """One pass over u (M, N): out = u * scale, column sums of u, and of u * times, float32; what is asked for."""
+    if out is None and not sums and times is None:
+        return None, None
+    m, n = u.shape
+    programs, steps = triton.cdiv(n, _BLOCK_N), triton.cdiv(m, _BLOCK_M)
+    reduces = sums or times is not None
+    rows = triton.cdiv(steps, split_count(programs, steps, steps, target(u.device)) if reduces else steps) * _BLOCK_M
+    splits = triton.cdiv(m, rows)
+    wanted = (sums, times is not None)
+    planes = [u.new_empty((splits, n), dtype=torch.float32) if want else None for want in wanted]
+    launch(
+        _column_pass_kernel,
+        (programs, splits),
+        u.device,
+        u_ptr=u,
+        v_ptr=times,
+        scale_ptr=scale,
+        out_ptr=out,
+        sums_ptr=planes[0],
+        products_ptr=planes[1],
+        M=m,
+        N=n,
+        m_per_split=rows,
+        stride_um=u.stride(0),
+        stride_vm=0 if times is None else times.stride(0),
+        stride_om=0 if out is None else out.stride(0),
+        BLOCK_M=_BLOCK_M,
+        BLOCK_N=_BLOCK_N,
+        num_warps=4,
+    )
+    total, products = (None if p is None else p[0] if splits == 1 else sum_planes(p, p.new_empty(n)) for p in planes)
+    return total, products
+
+
+@triton.jit
+def _column_pass_kernel(
+    u_ptr, v_ptr, scale_ptr, out_ptr, sums_ptr, products_ptr, M, N, m_per_split, stride_um, stride_vm, stride_om,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out = u * scale (out may be u), sums[split] and products[split] (N,) over the split's part of the rows."""
+    split = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if out_ptr is not None:
+        scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
+    for m0 in range(split * m_per_split, tl.minimum(M, (split + 1) * m_per_split), BLOCK_M):
+        row = (m0 + m).to(tl.int64)[:, None]
+        inside = (m < M - m0)[:, None] & (n < N)[None, :]
+        u = tl.load(u_ptr + row * stride_um + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        if sums_ptr is not None:
+            sums += u
+        if products_ptr is not None:
+            products += u * tl.load(v_ptr + row * stride_vm + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        if out_ptr is not None:
+            to = out_ptr + row * stride_om + n[None, :]
+            tl.store(to, (u * scale[None, :]).to(out_ptr.dtype.element_ty), mask=inside)
+    offset = split.to(tl.int64) * N + n
+    if sums_ptr is not None:
+        tl.store(sums_ptr + offset, tl.sum(sums, 0), mask=n < N)
+    if products_ptr is not None:
+        tl.store(products_ptr + offset, tl.sum(products, 0), mask=n < N)
