@@ -4,6 +4,7 @@
 #include "cpu/linear_4bit.h"
 #include "cpu/nf4_codec.h"
 #include "lora_wire.h"
+#include "prompt_wire.h"
 #include "wire.h"
 
 namespace py = pybind11;
@@ -59,4 +60,12 @@ PYBIND11_MODULE(_native, m) {
                                    py::arg("ldo"), py::arg("terms"));
   def_kernel<wire_philox_mask>(m, "philox_mask", py::arg("seed"), py::arg("M"), py::arg("K"), py::arg("p"),
                                py::arg("out"));
+
+  def_kernel<prompt_attention_forward>(m, "prompt_attention_forward", py::arg("shape"), py::arg("q"),
+                                       py::arg("prompt_k"), py::arg("prompt_v"), py::arg("base"), py::arg("lse"),
+                                       py::arg("gate"), py::arg("out"));
+  def_kernel<prompt_attention_backward>(m, "prompt_attention_backward", py::arg("shape"), py::arg("dy"), py::arg("q"),
+                                        py::arg("prompt_k"), py::arg("prompt_v"), py::arg("out"), py::arg("lse"),
+                                        py::arg("gate"), py::arg("dq"), py::arg("add_dq"), py::arg("dprompt_k"),
+                                        py::arg("dprompt_v"), py::arg("dgate"));
 }

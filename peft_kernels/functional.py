@@ -1,16 +1,20 @@
 """Every operation as a function, on the fastest backend that can run it."""
 
+from .ops.gated_prompt_attention.op import gated_prompt_attention
 from .ops.linear_4bit.op import linear_4bit
 from .ops.lora_linear.op import lora_linear
+from .ops.prefix_attention.op import prefix_attention
 from .ops.scaled_linear.op import bitfit_linear, ia3_linear, scale_bias_linear
 from .weight4bit import dequantize_4bit, quantize_4bit
 
 __all__ = [
     "bitfit_linear",
     "dequantize_4bit",
+    "gated_prompt_attention",
     "ia3_linear",
     "linear_4bit",
     "lora_linear",
+    "prefix_attention",
     "quantize_4bit",
     "scale_bias_linear",
 ]

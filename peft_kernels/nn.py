@@ -1,7 +1,17 @@
 """Every operation as an nn.Module."""
 
+from .ops.gated_prompt_attention.module import GatedPromptAttention
 from .ops.linear_4bit.module import Linear4bit
 from .ops.lora_linear.module import LoRALinear
+from .ops.prefix_attention.module import PrefixAttention
 from .ops.scaled_linear.module import BitFitLinear, IA3Linear, ScaleBiasLinear
 
-__all__ = ["BitFitLinear", "IA3Linear", "Linear4bit", "LoRALinear", "ScaleBiasLinear"]
+__all__ = [
+    "BitFitLinear",
+    "GatedPromptAttention",
+    "IA3Linear",
+    "Linear4bit",
+    "LoRALinear",
+    "PrefixAttention",
+    "ScaleBiasLinear",
+]

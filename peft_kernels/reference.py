@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 
 from .dispatch import use_backend
+from .ops.gated_prompt_attention.reference import gated_prompt_attention
 from .ops.linear_4bit.reference import linear_4bit
 from .ops.lora_linear.reference import lora_linear
 from .ops.nf4.op import dequantize_reference
+from .ops.prefix_attention.reference import prefix_attention
 from .ops.scaled_linear.reference import bitfit_linear, ia3_linear, scale_bias_linear
 from .weight4bit import Weight4bit, check_weight4bit
 
 __all__ = [
     "bitfit_linear",
     "dequantize_4bit",
+    "gated_prompt_attention",
     "ia3_linear",
     "linear_4bit",
     "lora_linear",
+    "prefix_attention",
     "quantize_4bit",
     "scale_bias_linear",
 ]

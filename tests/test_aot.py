@@ -25,6 +25,9 @@ MATRIX_KERNELS = {
     "_lora_dy_kernel",
     "_lora_da_kernel",
     "_lora_expand_add_kernel",
+    "_prompt_attention_fwd_kernel",
+    "_prompt_attention_dq_kernel",
+    "_prompt_attention_dkv_kernel",
 }
 # Where a 64-row tile of the first operand exists, Hopper and Blackwell must use their own instructions.
 NATIVE = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}

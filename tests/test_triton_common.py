@@ -20,6 +20,7 @@ INTERPRETED = [
     "test_triton_nf4.py",
     "test_triton_linear_4bit.py",
     "test_triton_lora_linear.py",
+    "test_triton_prefix_attention.py",
     "test_triton_scaled_linear.py",
 ]
 

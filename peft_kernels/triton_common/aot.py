@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from .launch import Launch, Target, record
 
-OPERATIONS = ("nf4", "linear_4bit", "lora_linear", "scaled_linear")
+OPERATIONS = ("nf4", "linear_4bit", "lora_linear", "scaled_linear", "prefix_attention", "gated_prompt_attention")
 
 
 @dataclasses.dataclass(frozen=True)

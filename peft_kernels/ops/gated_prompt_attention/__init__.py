@@ -1,0 +1,1 @@
+"""Attention plus a gated attention over a learned prompt."""

@@ -1,0 +1,1 @@
+"""Attention over a learned prefix and the keys."""

@@ -1,0 +1,31 @@
+"""What the tests of the prompt attentions share: the same results by torch's own attention."""
+
+import torch
+import torch.nn.functional as F
+
+from peft_kernels.ops.prefix_attention.arguments import additive_mask
+
+
+def _attention(q, k, v, attn_mask, is_causal, scale):
+    """torch's fused attention; a mask and causality may come together."""
+    if attn_mask is not None:
+        attn_mask = additive_mask(attn_mask, is_causal, q.shape[2], k.shape[2], q.dtype, q.device)
+    options = {"is_causal": is_causal and attn_mask is None, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
+
+
+def concatenated(q, k, v, prefix_k, prefix_v, *, attn_mask=None, is_causal=False, scale=None):
+    """What one writes without prefix_attention: torch's attention over the prefix, repeated, and the keys."""
+    (batch, _, length, _), keys, prefix = q.shape, k.shape[2], prefix_k.shape[1]
+    mask = additive_mask(attn_mask, is_causal, length, keys, q.dtype, q.device)
+    if mask is not None:
+        mask = F.pad(mask.to(q.dtype).expand(-1, -1, length, keys), (prefix, 0))
+    k, v = (torch.cat([p.to(q.dtype).expand(batch, -1, -1, -1), t], dim=2) for p, t in ((prefix_k, k), (prefix_v, v)))
+    return _attention(q, k, v, mask, False, scale)
+
+
+def two_attentions(q, k, v, prompt_k, prompt_v, gate, *, attn_mask=None, is_causal=False, scale=None):
+    """What one writes without gated_prompt_attention: torch's attention twice, the prompt repeated over the batch."""
+    prompt_k, prompt_v = (p.to(q.dtype).expand(q.shape[0], *p.shape[-3:]) for p in (prompt_k, prompt_v))
+    prompted = _attention(q, prompt_k, prompt_v, None, False, scale)
+    return _attention(q, k, v, attn_mask, is_causal, scale) + gate.to(q.dtype).reshape(-1, 1, 1) * prompted
