@@ -3,6 +3,7 @@
 #include "cpu/isa.h"
 #include "cpu/linear_4bit.h"
 #include "cpu/nf4_codec.h"
+#include "cpu/prompt_embedding.h"
 #include "lora_wire.h"
 #include "prompt_wire.h"
 #include "wire.h"
@@ -61,6 +62,16 @@ PYBIND11_MODULE(_native, m) {
   def_kernel<wire_philox_mask>(m, "philox_mask", py::arg("seed"), py::arg("M"), py::arg("K"), py::arg("p"),
                                py::arg("out"));
 
+  def_kernel<prompt_embedding_forward>(m, "prompt_embedding_forward", py::arg("ids"), py::arg("batch"),
+                                       py::arg("length"), py::arg("weight"), py::arg("vocabulary"),
+                                       py::arg("ld_weight"), py::arg("prompt"), py::arg("tokens"), py::arg("ld_prompt"),
+                                       py::arg("hidden"), py::arg("dtype"), py::arg("out"));
+  def_kernel<prompt_embedding_dprompt>(m, "prompt_embedding_dprompt", py::arg("dy"), py::arg("dtype"), py::arg("batch"),
+                                       py::arg("stride_batch"), py::arg("stride_row"), py::arg("out"),
+                                       py::arg("out_dtype"), py::arg("tokens"), py::arg("hidden"));
+  def_kernel<prompt_embedding_dweight>(
+      m, "prompt_embedding_dweight", py::arg("dy"), py::arg("dtype"), py::arg("length"), py::arg("stride_batch"),
+      py::arg("stride_row"), py::arg("ids"), py::arg("order"), py::arg("count"), py::arg("out"), py::arg("hidden"));
   def_kernel<prompt_attention_forward>(m, "prompt_attention_forward", py::arg("shape"), py::arg("q"),
                                        py::arg("prompt_k"), py::arg("prompt_v"), py::arg("base"), py::arg("lse"),
                                        py::arg("gate"), py::arg("out"));

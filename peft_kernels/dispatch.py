@@ -29,7 +29,15 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "native": f"peft_kernels.ops.{op}.native_calls",
         "triton": f"peft_kernels.ops.{op}.triton_kernels",
     }
-    for op in ("nf4", "linear_4bit", "lora_linear", "scaled_linear", "prefix_attention", "gated_prompt_attention")
+    for op in (
+        "nf4",
+        "linear_4bit",
+        "lora_linear",
+        "scaled_linear",
+        "prefix_attention",
+        "gated_prompt_attention",
+        "prompt_embedding",
+    )
 }
 
 _requested = os.environ.get("PEFT_KERNELS_BACKEND", "auto")

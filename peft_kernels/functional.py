@@ -4,6 +4,7 @@ from .ops.gated_prompt_attention.op import gated_prompt_attention
 from .ops.linear_4bit.op import linear_4bit
 from .ops.lora_linear.op import lora_linear
 from .ops.prefix_attention.op import prefix_attention
+from .ops.prompt_embedding.op import prompt_embedding
 from .ops.scaled_linear.op import bitfit_linear, ia3_linear, scale_bias_linear
 from .weight4bit import dequantize_4bit, quantize_4bit
 
@@ -15,6 +16,7 @@ __all__ = [
     "linear_4bit",
     "lora_linear",
     "prefix_attention",
+    "prompt_embedding",
     "quantize_4bit",
     "scale_bias_linear",
 ]

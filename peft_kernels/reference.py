@@ -10,6 +10,7 @@ from .ops.linear_4bit.reference import linear_4bit
 from .ops.lora_linear.reference import lora_linear
 from .ops.nf4.op import dequantize_reference
 from .ops.prefix_attention.reference import prefix_attention
+from .ops.prompt_embedding.reference import prompt_embedding
 from .ops.scaled_linear.reference import bitfit_linear, ia3_linear, scale_bias_linear
 from .weight4bit import Weight4bit, check_weight4bit
 
@@ -21,6 +22,7 @@ __all__ = [
     "linear_4bit",
     "lora_linear",
     "prefix_attention",
+    "prompt_embedding",
     "quantize_4bit",
     "scale_bias_linear",
 ]

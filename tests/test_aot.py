@@ -121,5 +121,8 @@ def test_list_is_complete():
     """No kernel is missing from the list."""
     named = {launch.kernel.fn.__name__ for case in CASES.values() for launch in aot.launches(case, aot.MACHINES[1])}
     assert named >= MATRIX_KERNELS | {"_nf4_quantize_kernel", "_nf4_dequantize_kernel", "_sum_planes_kernel"} | {
-        "_column_pass_kernel"
+        "_column_pass_kernel",
+        "_prompt_embedding_fwd_kernel",
+        "_prompt_embedding_dprompt_kernel",
+        "_prompt_embedding_dweight_kernel",
     }

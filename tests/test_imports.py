@@ -28,9 +28,9 @@ ROOT_NAMES = {
 }
 FUNCTIONS = {"dequantize_4bit", "linear_4bit", "lora_linear", "quantize_4bit"}
 FUNCTIONS |= {"bitfit_linear", "ia3_linear", "scale_bias_linear"}
-FUNCTIONS |= {"gated_prompt_attention", "prefix_attention"}
+FUNCTIONS |= {"gated_prompt_attention", "prefix_attention", "prompt_embedding"}
 MODULES = {"BitFitLinear", "IA3Linear", "Linear4bit", "LoRALinear", "ScaleBiasLinear"}
-MODULES |= {"GatedPromptAttention", "PrefixAttention"}
+MODULES |= {"GatedPromptAttention", "PrefixAttention", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"}
 
 SMALL_RUN = """
 import torch

@@ -22,6 +22,7 @@ INTERPRETED = [
     "test_triton_lora_linear.py",
     "test_triton_prefix_attention.py",
     "test_triton_scaled_linear.py",
+    "test_triton_prompt_embedding.py",
 ]
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..case import Case, Options
-from . import codec, linear_4bit, lora_linear, prompt_attention, scaled_linear, smollm2
+from . import codec, linear_4bit, lora_linear, prompt_attention, prompt_methods, scaled_linear, smollm2
 
 GROUPS: dict[str, Callable[[Options], Iterator[Case]]] = {
     "lora_linear": lora_linear.cases,
@@ -29,5 +29,6 @@ GROUPS: dict[str, Callable[[Options], Iterator[Case]]] = {
     "scaled_linear": scaled_linear.cases,
     "codec": codec.cases,
     "prompt_attention": prompt_attention.cases,
+    "prompt_methods": prompt_methods.cases,
     "smollm2_step": smollm2.cases,
 }

@@ -16,8 +16,9 @@ from .report import Entry, ReplacementReport
 
 # A class by its qualified name -> the module here and the class in it that takes its place. A fused class is a subclass
 # of the one it replaces; it has `why_not(module)`, which says why that layer cannot be served, or None if it can, and
-# `_prepare(module)`, which readies the layer and returns how to undo that. By name, so that nothing is imported that
-# the model does not already use.
+# `_prepare(module)`, which readies the layer and returns how to undo that; it may have `_release(module)`, which undoes
+# that on restore_layers, and `_probe(module)`, which records the choice of its kernel. By name, so that nothing is
+# imported that the model does not already use.
 REGISTRY: dict[str, tuple[str, str]] = {
     "peft.tuners.lora.layer.Linear": ("hf_peft", "FusedLinear"),
     "peft.tuners.lora.bnb.Linear4bit": ("hf_peft_4bit", "FusedLinear4bit"),
@@ -34,6 +35,11 @@ REGISTRY: dict[str, tuple[str, str]] = {
     "bitsandbytes.nn.modules.Linear4bit": ("bitsandbytes", "FusedLinear4bit"),
     "bitsandbytes.nn.modules.LinearNF4": ("bitsandbytes", "FusedLinearNF4"),
     "bitsandbytes.nn.modules.LinearFP4": ("bitsandbytes", "FusedLinearFP4"),
+    "peft.peft_model.PeftModelForCausalLM": ("hf_prompt", "FusedPeftModelForCausalLM"),
+    "peft.peft_model.PeftModelForSequenceClassification": ("hf_prompt", "FusedPeftModelForSequenceClassification"),
+    "peft.peft_model.PeftModelForTokenClassification": ("hf_prompt", "FusedPeftModelForTokenClassification"),
+    "peft.tuners.adaption_prompt.layer.AdaptedAttention": ("hf_adaption_prompt", "FusedAdaptedAttention"),
+    "peft.tuners.adaption_prompt.layer.AdaptedAttentionGPT": ("hf_adaption_prompt", "FusedAdaptedAttentionGPT"),
 }
 
 # The fused 4-bit layers, exactly (not subclasses of them): what an adapter layer may read the weight of.
@@ -52,8 +58,10 @@ def replace_layers(
     """Make every layer of `model` that has a kernel use it, in place, by swapping its class for a fused subclass.
 
     Served are Hugging Face PEFT's LoRA and IA³ layers over nn.Linear and over bitsandbytes' Linear4bit, bitsandbytes'
-    Linear4bit itself, and the layers of prepare_bitfit and prepare_scale_bias. Parameters, state-dict keys, hooks and
-    every method but `forward` stay as they are; a call that has no kernel (DoRA, adapter_names, hooks on inner modules)
+    Linear4bit itself, the layers of prepare_bitfit and prepare_scale_bias, PEFT models with prefix-tuning, P-tuning or
+    prompt tuning, and PEFT's LLaMA-Adapter layers. A model with a prefix or with LLaMA-Adapter also gets `peft_kernels`
+    as its attention function in place of `sdpa`. Parameters, state-dict keys, hooks and every method but `forward` (for
+    a prefix `get_prompt`) stay as they are; a call that has no kernel (DoRA, adapter_names, hooks on inner modules)
     goes to the old forward, and `peft_kernels.explain` says why. Calling it again, for instance after adding adapters
     to further layers, replaces only what is new.
 
@@ -107,6 +115,9 @@ def restore_layers(model: nn.Module) -> None:
 
 
 def _restore(module: nn.Module) -> None:
+    release = getattr(type(module), "_release", None)
+    if release is not None:
+        release(module)
     module.__dict__.pop("_weight_view", None)
     module.__class__ = type(module).__bases__[-1]
 
@@ -120,6 +131,9 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, n
             base = getattr(module, "base_layer", None)
             if isinstance(base, nn.Module):
                 adapter_of[base] = (name, module)
+        elif "peft.peft_model.PeftModel" in kinds:
+            if not module._is_prompt_learning:  # the adapters are in its layers
+                continue
         elif not any(kind in REGISTRY for kind in kinds):
             continue
         yield name, module, adapter_of.get(module)
@@ -200,6 +214,12 @@ def _swap(module: nn.Module) -> list[Undo]:
     return undo
 
 
+def _probe_linear(layer: Any) -> list:
+    """The choice of the kernel for one row of zeros."""
+    x = torch.zeros(1, layer.in_features, dtype=layer._input_dtype, device=layer.weight.device)
+    return dispatch.record(layer, x)
+
+
 def _entry(
     name: str,
     module: nn.Module,
@@ -211,8 +231,7 @@ def _entry(
     if reason is not None:
         new_class = _qualified(type(module)) if _is_fused(type(module)) else None  # excluded, but fused earlier
         return Entry(name, old_class, new_class, None, None, reason, "left" if wanted else "excluded")
-    x = torch.zeros(1, module.in_features, dtype=module._input_dtype, device=module.weight.device)  # type: ignore
-    recorded = _checked(name, module, lambda m: dispatch.record(m, x))
+    recorded = _checked(name, module, getattr(type(module), "_probe", _probe_linear))
     chosen = next((step for step in recorded if isinstance(step, dispatch.Explanation)), None)
     notes = [str(step) for step in recorded if not isinstance(step, dispatch.Explanation)]
     status = "base" if adapter is not None and _is_fused(type(adapter[1])) else "replaced"

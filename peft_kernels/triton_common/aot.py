@@ -23,7 +23,15 @@ from triton.compiler import ASTSource
 
 from .launch import Launch, Target, record
 
-OPERATIONS = ("nf4", "linear_4bit", "lora_linear", "scaled_linear", "prefix_attention", "gated_prompt_attention")
+OPERATIONS = (
+    "nf4",
+    "linear_4bit",
+    "lora_linear",
+    "scaled_linear",
+    "prefix_attention",
+    "gated_prompt_attention",
+    "prompt_embedding",
+)
 
 
 @dataclasses.dataclass(frozen=True)
