@@ -14,58 +14,66 @@ from .device import INTERPRET
 # rounded to bfloat16. These multipliers make the rounding errors small and let them cancel over a Gaussian weight, so
 # that scaled sums are nearer to the exact product than a rounded weight is; FP4's codes are twelfths, hence exact.
 MULTIPLIER = {
-    "nf4": {torch.bfloat16: 1.188751220703125, torch.float16: 1.3886146545410156},
-    "fp4": {torch.bfloat16: 12.0, torch.float16: 12.0},
+    "nf4": {torch.bfloat16: 1.188751220703125, torch.float16: 1.3886146545410156, torch.float32: 1.0},
+    "fp4": {torch.bfloat16: 12.0, torch.float16: 12.0, torch.float32: 1.0},
 }
 
 
-def codes_16bit(quant_type: str, dtype: torch.dtype) -> torch.Tensor:
-    """The 16 codes as the byte permute yields them."""
+def multiplied_codes(quant_type: str, dtype: torch.dtype) -> torch.Tensor:
+    """The 16 codes as `decode_words` yields them."""
     return (torch.tensor(CODES[quant_type], dtype=torch.float64) * MULTIPLIER[quant_type][dtype]).to(dtype)
 
 
-def decode_asm(quant_type: str, dtype: torch.dtype, scaled: bool) -> str:
-    """PTX that maps the eight 4-bit codes of word $8 to 16-bit values $0 ... $7 in their order in the weight.
+def decode_asm(code: torch.Tensor, scaled: bool = False) -> str:
+    """PTX that maps the eight 4-bit codes of word $8 to values $0 ... $7, as they follow each other in the weight.
 
     A byte permute looks up four nibbles at once in a table of eight bytes: two of them and a selection by the nibble's
-    top bit serve 16 entries. One such plane holds the low bytes of the codes, another the high ones. `scaled`: times
-    $9, of the same dtype.
+    top bit serve 16 entries. One such plane holds the lowest bytes of the values, another the next ones, and so on.
+
+    code: (16,) of 16 or 32 bits. scaled: times $9, of the same 16-bit dtype.
     """
-    halves = [half & 0xFFFF for half in codes_16bit(quant_type, dtype).view(torch.int16).tolist()]
-    planes = []
-    for shift in (0, 8):
-        octets = [(half >> shift) & 0xFF for half in halves]
-        planes.append([int.from_bytes(bytes(octets[i : i + 4]), "little") for i in range(0, 16, 4)])
+    octets = code.view(-1, 1).view(torch.uint8)  # (16, bytes)
+    planes = [f"p{i}" for i in range(octets.shape[1])]
+    tables = [octets[:, i].contiguous().view(torch.int32).tolist() for i in range(len(planes))]
     lines = [
-        "{ .reg .b32 q, s, u, v, lo, hi, pair, factor, z, lo0, lo2, hi0, hi2;",
+        "{ .reg .b32 q, s, u, v, pair, other, factor, z;",
+        *(f".reg .b32 {name}, {name}a, {name}b;" for name in planes),
         # A zero that ptxas cannot see through: it would put a constant table into a register again before each use,
         # one more instruction for every permute.
         "mov.u32 z, %lanemask_lt;",
         "shr.u32 z, z, 31;",
-        *(f"xor.b32 {name}{i}, z, {t[i]:#x};" for name, t in zip(("lo", "hi"), planes, strict=True) for i in (0, 2)),
+    ]
+    for name, table in zip(planes, tables, strict=True):
+        lines += [f"xor.b32 {name}a, z, {_hex(table[0])};", f"xor.b32 {name}b, z, {_hex(table[2])};"]
+    lines += [
         "shr.b32 s, $8, 1;",
         "and.b32 s, s, 0x44444444;",
         "or.b32 s, s, 0x32103210;",
         "and.b32 q, $8, 0x77777777;",
+        *(["mov.b32 factor, {$9, $9};"] if scaled else []),
     ]
-    if scaled:
-        lines.append("mov.b32 factor, {$9, $9};")
-    for half in (0, 1):
+    for half in (0, 4):
         if half:
             lines += ["shr.b32 q, q, 16;", "shr.b32 s, s, 16;"]
-        for name, table in zip(("lo", "hi"), planes, strict=True):
+        for name, table in zip(planes, tables, strict=True):
             lines += [
-                f"prmt.b32 u, {name}0, {table[1]:#x}, q;",
-                f"prmt.b32 v, {name}2, {table[3]:#x}, q;",
+                f"prmt.b32 u, {name}a, {_hex(table[1])}, q;",
+                f"prmt.b32 v, {name}b, {_hex(table[3])}, q;",
                 f"prmt.b32 {name}, u, v, s;",
             ]
-        for byte, selector in ((0, "0x4051"), (1, "0x6273")):  # the high nibble comes first
-            lines.append(f"prmt.b32 pair, lo, hi, {selector};")
-            if scaled:
-                lines.append(_MULTIPLY[dtype])
-            i = 4 * half + 2 * byte
-            lines.append(f"mov.b32 {{${i}, ${i + 1}}}, pair;")
+        for i, selector in ((half, "0x4051"), (half + 2, "0x6273")):  # a byte's high nibble comes first
+            lines.append(f"prmt.b32 pair, p0, p1, {selector};")
+            if len(planes) == 4:
+                lines.append(f"prmt.b32 other, p2, p3, {selector};")
+                lines += [f"prmt.b32 ${i}, pair, other, 0x5410;", f"prmt.b32 ${i + 1}, pair, other, 0x7632;"]
+            else:
+                lines += [_MULTIPLY[code.dtype]] if scaled else []
+                lines.append(f"mov.b32 {{${i}, ${i + 1}}}, pair;")
     return "\n".join([*lines, "}"])
+
+
+def _hex(word: int) -> str:
+    return f"{word & 0xFFFFFFFF:#x}"
 
 
 # bfloat16 has no product of its own before sm_90; adding -0 changes nothing
@@ -75,9 +83,12 @@ _MULTIPLY = {
 }
 # What kernels take as CODE: an index into this list.
 CODE_KINDS = [(quant_type, dtype) for quant_type in CODES for dtype in MULTIPLIER[quant_type]]
-_ASM = tl.constexpr(tuple(decode_asm(*kind, scaled=False) for kind in CODE_KINDS))
-_ASM_SCALED = tl.constexpr(tuple(decode_asm(*kind, scaled=True) for kind in CODE_KINDS))
-_DTYPE = tl.constexpr(tuple(tl.bfloat16 if dtype == torch.bfloat16 else tl.float16 for _, dtype in CODE_KINDS))
+_ASM = tl.constexpr(tuple(decode_asm(multiplied_codes(*kind)) for kind in CODE_KINDS))
+_ASM_SCALED = tl.constexpr(
+    tuple("" if kind[1] == torch.float32 else decode_asm(multiplied_codes(*kind), scaled=True) for kind in CODE_KINDS)
+)
+_OUTPUTS = tl.constexpr(tuple(("=r," if kind[1] == torch.float32 else "=h,") * 8 for kind in CODE_KINDS))
+_DTYPE = tl.constexpr(tuple(getattr(tl, str(dtype).removeprefix("torch.")) for _, dtype in CODE_KINDS))
 _MULTIPLIER = tl.constexpr(tuple(MULTIPLIER[quant_type][dtype] for quant_type, dtype in CODE_KINDS))
 
 
@@ -106,31 +117,33 @@ def load_words(packed_ptr, n0, k0, inside, stride_wn, BLOCK_N: tl.constexpr, BLO
 
 
 @triton.jit
-def decode_words(words, scale, code_ptr, CODE: tl.constexpr, SCALED: tl.constexpr):
+def decode_words(
+    words, scale, code_ptr, CODE: tl.constexpr, SCALED: tl.constexpr = False, PERMUTE: tl.constexpr = not INTERPRET
+):  # fmt: skip
     """[N, W, 2, 2, 2] codes of [N, W] words, their order in the weight kept; SCALED: times scale (N, W / 8).
 
-    The codes come multiplied by their type's MULTIPLIER, so the scales must come from `unit_scale`.
+    The codes come multiplied by their type's MULTIPLIER, so the scales must come from `unit_scale`. PERMUTE: by byte
+    permute (NVIDIA's) rather than from the table in memory.
     """
     N: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
     if SCALED:
         factor = tl.broadcast_to(scale.to(_DTYPE[CODE])[:, :, None], [N, W // 8, 8]).reshape(N, W)
-    if INTERPRET:
-        shift = tl.arange(0, 8) ^ 1
-        code = (words[:, :, None] >> (4 * shift)[None, None, :]) & 0xF
+    if not PERMUTE:
+        shift = 4 * (tl.arange(0, 8) ^ 1)  # a byte's high nibble comes first
+        code = (words[:, :, None] >> shift[None, None, :]) & 0xF
         values = (tl.load(code_ptr + code) * _MULTIPLIER[CODE]).to(_DTYPE[CODE])
         if SCALED:
-            values = values * factor[:, :, None]
+            values *= factor[:, :, None]
         return values.reshape(N, W, 2, 2, 2)
     else:
         if SCALED:
             c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
-                _ASM_SCALED[CODE], "=h,=h,=h,=h,=h,=h,=h,=h,r,h", [words, factor], dtype=(_DTYPE[CODE],) * 8, is_pure=True,
-                pack=1,
-            )  # fmt: skip
+                _ASM_SCALED[CODE], _OUTPUTS[CODE] + "r,h", [words, factor], (_DTYPE[CODE],) * 8, is_pure=True, pack=1
+            )
         else:
             c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
-                _ASM[CODE], "=h,=h,=h,=h,=h,=h,=h,=h,r", [words], dtype=(_DTYPE[CODE],) * 8, is_pure=True, pack=1
+                _ASM[CODE], _OUTPUTS[CODE] + "r", [words], (_DTYPE[CODE],) * 8, is_pure=True, pack=1
             )
         even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
         odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))

@@ -33,7 +33,7 @@ def _add_words_product(
     scale = unit_scale(scale, CODE)
     # few rows: scaling their float32 sums costs less than scaling the weight, and rounds nothing
     AFTER: tl.constexpr = BLOCK_M <= 32
-    w = decode_words(words, scale[:, None], code_ptr, CODE, not AFTER)  # [BLOCK_N, 8, 2, 2, 2]
+    w = decode_words(words, scale[:, None], code_ptr, CODE, SCALED=not AFTER)  # [BLOCK_N, 8, 2, 2, 2]
     w = w.reshape(BLOCK_N, 4, 2, 2, 2, 2).permute(0, 2, 3, 4, 1, 5).reshape(BLOCK_N, 64)
     if AFTER:
         return acc + dot(w, x, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale[:, None]
@@ -141,7 +141,7 @@ def _linear_4bit_bwd_kernel(
             words = load_words(packed_ptr, n0, k0, words_in, stride_wn, BLOCK_N, BLOCK_K)
             block = (tl.cast(n0, tl.int64) + n)[:, None] * stride_sn + group * 64 // BLOCKSIZE
             scale = block_scale(block, inside, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE)
-            w = decode_words(words, unit_scale(scale, CODE), code_ptr, CODE, True).reshape(BLOCK_N, BLOCK_K)
+            w = decode_words(words, unit_scale(scale, CODE), code_ptr, CODE, SCALED=True).reshape(BLOCK_N, BLOCK_K)
         else:
             w = load_weight_tile(
                 packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, k0, N, K, stride_wn,

@@ -25,7 +25,7 @@ class _Tile(NamedTuple):
 # The shrink kernel has a tall tile of its own, of 128 rows: Blackwell's natural size. Six products a step in place of
 # one or three need small tiles, or registers spill.
 _TILE, _TILE_FLOAT32 = _Tile(64, 128, 64), _Tile(32, 64, 16)
-_SHRINK_TILE, _SHRINK_TILE_FLOAT32 = _Tile(128, 64, 64), _Tile(64, 32, 16)
+_SHRINK_TILE, _SHRINK_TILE_FLOAT32 = _Tile(128, 64, 64), _Tile(64, 64, 16)
 
 
 def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
@@ -159,7 +159,8 @@ def pieces(x: torch.Tensor, parameter: torch.Tensor) -> int:
 
 
 def _options(on: Target) -> dict[str, int]:
-    return {"num_warps": 4, "num_stages": 2 if on.kind == "hip" else 3}  # 64 KiB of shared memory there
+    few = on.kind == "hip" or on.arch == 120  # 64 KiB of shared memory; registers would spill
+    return {"num_warps": 4, "num_stages": 2 if few else 3}
 
 
 @triton.jit(do_not_specialize=["threshold"])

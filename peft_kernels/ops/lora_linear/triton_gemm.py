@@ -16,9 +16,13 @@ from ...triton_common.lowrank import LowRank
 # warpgroups of wgmma on Hopper, half the tile where accumulators are ordinary registers.
 _TILES = {
     ("cuda", 80): (128, 128, 32, 8, 4),
+    ("cuda", 86): (128, 128, 32, 8, 4),
+    ("cuda", 89): (128, 128, 32, 8, 4),
     ("cuda", 90): (128, 256, 64, 8, 3),
     ("cuda", 100): (128, 256, 64, 8, 3),
+    ("cuda", 120): (128, 128, 32, 8, 4),
     ("hip", "gfx942"): (128, 128, 32, 4, 2),
+    ("hip", "gfx950"): (128, 128, 64, 4, 2),
 }
 _SAFE_TILE = (64, 64, 32, 4, 2)
 
