@@ -49,7 +49,7 @@ def run_ptx(asm: str, word: int) -> dict[str, int]:
     operations = {
         "shr": lambda a, n: a >> n,
         "and": lambda a, b: a & b,
-        "or": lambda a, b: a | b,
+        "lop3": lambda a, b, c, table: {0xEA: (a & b) | c}[table],
         "xor": lambda a, b: a ^ b,
         "mov": lambda a: a,
         "prmt": lambda a, b, selector: prmt(a, b, selector & 0xFFFF),

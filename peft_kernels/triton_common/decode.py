@@ -36,19 +36,20 @@ def decode_asm(code: torch.Tensor, scaled: bool = False) -> str:
     planes = [f"p{i}" for i in range(octets.shape[1])]
     tables = [octets[:, i].contiguous().view(torch.int32).tolist() for i in range(len(planes))]
     lines = [
-        "{ .reg .b32 q, s, u, v, pair, other, factor, z;",
+        "{ .reg .b32 q, s, u, v, pair, other, factor, z, top, own;",
         *(f".reg .b32 {name}, {name}a, {name}b;" for name in planes),
-        # A zero that ptxas cannot see through: it would put a constant table into a register again before each use,
-        # one more instruction for every permute.
+        # A zero that ptxas cannot see through: it would put a constant into a register again before each use, one more
+        # instruction for every permute.
         "mov.u32 z, %lanemask_lt;",
         "shr.u32 z, z, 31;",
     ]
     for name, table in zip(planes, tables, strict=True):
         lines += [f"xor.b32 {name}a, z, {_hex(table[0])};", f"xor.b32 {name}b, z, {_hex(table[2])};"]
     lines += [
+        "xor.b32 top, z, 0x44444444;",
+        "xor.b32 own, z, 0x32103210;",
         "shr.b32 s, $8, 1;",
-        "and.b32 s, s, 0x44444444;",
-        "or.b32 s, s, 0x32103210;",
+        "lop3.b32 s, s, top, own, 0xEA;",  # (s & top) | own
         "and.b32 q, $8, 0x77777777;",
         *(["mov.b32 factor, {$9, $9};"] if scaled else []),
     ]

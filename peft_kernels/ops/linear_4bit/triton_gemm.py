@@ -36,7 +36,8 @@ def _add_words_product(
     w = decode_words(words, scale[:, None], code_ptr, CODE, SCALED=not AFTER)  # [BLOCK_N, 8, 2, 2, 2]
     w = w.reshape(BLOCK_N, 4, 2, 2, 2, 2).permute(0, 2, 3, 4, 1, 5).reshape(BLOCK_N, 64)
     if AFTER:
-        return acc + dot(w, x, tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) * scale[:, None]
+        product = dot(w, x, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        return tl.fma(product, tl.broadcast_to(scale[:, None], product.shape), acc)
     else:
         return dot(w, x, acc)
 

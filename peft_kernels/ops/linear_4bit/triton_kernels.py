@@ -223,7 +223,7 @@ def _decode_kind(weight: Weight4bit, on: Target) -> str:
     if weight.shape[1] % weight.blocksize:
         return "any"
     # the interpreter stands in for NVIDIA, with a table in the permute's place
-    return "words" if on.kind != "hip" and weight.blocksize >= 64 and weight.packed.data_ptr() % 16 == 0 else "lut"
+    return "words" if on.kind != "hip" and weight.blocksize >= 64 and weight.packed.data_ptr() % 4 == 0 else "lut"
 
 
 def _weight_arguments(weight: Weight4bit, dtype: torch.dtype, on: Target) -> dict[str, Any]:
