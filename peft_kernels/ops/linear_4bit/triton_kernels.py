@@ -17,10 +17,10 @@ from ...weight4bit import Weight4bit
 from ..nf4.triton_kernels import dequantize, statistics
 from .triton_gemm import _linear_4bit_bwd_kernel, _linear_4bit_fwd_kernel
 
-# The most rows that the fused kernels serve; beyond, the decode is a small part of a large GEMM. Predictions: none of
-# these rows was measured yet. NVIDIA's 512 is where decode + cuBLAS is known to win on H100; without the byte-permute
-# decode (AMD, FP4, float16, blocks that straddle rows) the fused kernels pay twice the instructions.
-_CROSSOVER = {"words": 512, "lut": 128, "any": 128}
+# The most rows that the fused kernels serve, by the instructions of their tiles; beyond, decode to scratch and the
+# vendor's GEMM. Predicted by bench/model.py from instructions per weight, not measured: tensor cores that outrun the
+# decode (tcgen05), and decodes that cost two or three times as much (mma.sync, tables), give way earlier.
+_CROSSOVER = {"wgmma": 384, "tcgen05": 64, "mma": 128, "table": 64}
 
 
 class _Tile(NamedTuple):
@@ -54,7 +54,7 @@ _TILES = {
     "table": (  # one scale a row of the tile; two stages fit into 64 KiB
         {16: _Tile(16, 128, 64, 4, 2), 32: _Tile(32, 128, 64, 4, 2), 64: _Tile(64, 128, 64, 8, 2),
          512: _Tile(128, 128, 64, 8, 2)},
-        {16: _Tile(16, 64, 64, 4, 2), 32: _Tile(32, 64, 64, 4, 2), 512: _Tile(64, 64, 128, 8, 2)},
+        {16: _Tile(16, 64, 64, 4, 2), 32: _Tile(32, 64, 64, 4, 2), 512: _Tile(64, 64, 64, 4, 2)},
     ),
 }  # fmt: skip
 # Programs of few rows that one multiprocessor holds: with fewer, their waits for the tensor cores would not overlap.
@@ -81,7 +81,7 @@ def backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
 
 def fused(x: torch.Tensor, weight: Weight4bit) -> bool:
     """Whether the fused kernels run: float32 has no tensor cores worth decoding for."""
-    return x.dtype != torch.float32 and x.shape[0] <= _CROSSOVER[_decode_kind(weight, target(x.device))]
+    return x.dtype != torch.float32 and x.shape[0] <= _CROSSOVER[_tiles(weight, target(x.device))]
 
 
 def fused_forward(
@@ -240,10 +240,14 @@ def _weight_arguments(weight: Weight4bit, dtype: torch.dtype, on: Target) -> dic
     }
 
 
+def _tiles(weight: Weight4bit, on: Target) -> str:
+    """Which tiles serve: those of the target's matrix instruction, or of a decode by table."""
+    return _INSTRUCTIONS.get(on.arch, "mma") if _decode_kind(weight, on) == "words" else "table"
+
+
 def _tile(direction: int, m: int, weight: Weight4bit, on: Target) -> _Tile:
     """The tile for m rows, forward (0) or backward (1)."""
-    words = _decode_kind(weight, on) == "words"
-    table = _TILES[_INSTRUCTIONS.get(on.arch, "mma") if words else "table"][direction]
+    table = _TILES[_tiles(weight, on)][direction]
     return next((tile for rows, tile in table.items() if m <= rows), table[max(table)])
 
 
