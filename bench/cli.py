@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import environment, plots, tables, timing
+from . import environment, model, plots, tables, timing
 from . import readme as readme_figures
 from .case import Case, Options
 from .cases import GROUPS
@@ -81,6 +81,12 @@ def run(
             errors.print(f"The machine was busy before this began (load {result['load']:.1f}): repeat it when idle.")
         failed |= any(row["check"] == "failed" for case in result["cases"] for row in case["rows"])
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command(name="model")
+def predict() -> None:
+    """Predicted times on GPUs beside the measured ones."""
+    model.main()
 
 
 @app.command()

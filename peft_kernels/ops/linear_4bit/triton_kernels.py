@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 
 from ...triton_common import why_not_tensors
 from ...triton_common.decode import CODE_KINDS
-from ...triton_common.launch import Target, launch, target
+from ...triton_common.launch import Target, cdiv, launch, target
 from ...triton_common.lowrank import NO_LOW_RANK, LowRank
 from ...triton_common.planes import split_count, sum_planes
 from ...weight4bit import Weight4bit
@@ -59,7 +58,7 @@ _TILES = {
 }  # fmt: skip
 # Programs of few rows that one multiprocessor holds: with fewer, their waits for the tensor cores would not overlap.
 _RESIDENT = 4
-_INSTRUCTIONS = {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}
+_INSTRUCTIONS: dict[int | str, str] = {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}
 
 
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -95,11 +94,12 @@ def fused_forward(
     m, (n, k) = x.shape[0], weight.shape
     on = target(x.device)
     tile = _tile(0, m, weight, on)
-    grid = (triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m))
+    grid = (cdiv(n, tile.block_n), cdiv(m, tile.block_m))
+    steps = cdiv(k, tile.block_k)
     # planes are written and read once each: their traffic stays below the weight's
-    steps = triton.cdiv(k, tile.block_k)
-    k_per_split = triton.cdiv(steps, split_count(grid[0] * grid[1], steps, k // (16 * m), on, _RESIDENT if m <= 32 else 2)) * tile.block_k
-    splits = triton.cdiv(k, k_per_split)
+    count = split_count(grid[0] * grid[1], steps, k // (16 * m), on, _RESIDENT if m <= 32 else 2)
+    k_per_split = cdiv(steps, count) * tile.block_k
+    splits = cdiv(k, k_per_split)
     y = x.new_empty((m, n))
     planes = y if splits == 1 else x.new_empty((splits, m, n), dtype=torch.float32)
     arguments = NO_LOW_RANK if term is None else term.arguments(x.dtype)
@@ -129,10 +129,10 @@ def fused_backward(dy: torch.Tensor, weight: Weight4bit, term: LowRank | None) -
     m, (n, k) = dy.shape[0], weight.shape
     on = target(dy.device)
     tile = _tile(1, m, weight, on)
-    grid = (triton.cdiv(k, tile.block_k), triton.cdiv(m, tile.block_m))
-    steps = triton.cdiv(n, tile.block_n)
-    n_per_split = triton.cdiv(steps, split_count(grid[0] * grid[1], steps, n // (16 * m), on)) * tile.block_n
-    splits = triton.cdiv(n, n_per_split)
+    grid = (cdiv(k, tile.block_k), cdiv(m, tile.block_m))
+    steps = cdiv(n, tile.block_n)
+    n_per_split = cdiv(steps, split_count(grid[0] * grid[1], steps, n // (16 * m), on)) * tile.block_n
+    splits = cdiv(n, n_per_split)
     dx = dy.new_empty((m, k))
     planes = dx if splits == 1 else dy.new_empty((splits, m, k), dtype=torch.float32)
     launch(

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ...triton_common import why_not_tensors
 from ...triton_common.decode import CODE_KINDS, block_scale, decode_words
-from ...triton_common.launch import launch, target
+from ...triton_common.launch import cdiv, launch, target
 from .reference import code_book
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ def _decision_tables(quant_type: str, device: torch.device) -> tuple[torch.Tenso
 def quantize(flat: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat (n,) -> packed (ceil(n / 2),) uint8, absmax (ceil(n / blocksize),) float32."""
     n = flat.numel()
-    blocks = triton.cdiv(n, blocksize)
+    blocks = cdiv(n, blocksize)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
     midpoints, order = _decision_tables(quant_type, flat.device)
     per_program = max(2048 // blocksize, 1)
     launch(
         _nf4_quantize_kernel,
-        (triton.cdiv(blocks, per_program),),
+        (cdiv(blocks, per_program),),
         flat.device,
         x_ptr=flat,
         midpoints_ptr=midpoints,
@@ -75,11 +75,11 @@ def dequantize(
     k0, k1, _ = columns.indices(k)
     out = torch.empty((n1 - n0, k1 - k0), dtype=dtype, device=weight.packed.device) if out is None else out
     numel = (n1 - n0) * (k1 - k0)
-    blocks, words = triton.cdiv(numel, weight.blocksize), weight.blocksize // 8
+    blocks, words = cdiv(numel, weight.blocksize), weight.blocksize // 8
     per_program = max(_WORDS_PER_THREAD * 32 * _WARPS // words, 1)
     launch(
         _nf4_dequantize_kernel,
-        (triton.cdiv(blocks, per_program),),
+        (cdiv(blocks, per_program),),
         out.device,
         **statistics(weight),
         out_ptr=out,
