@@ -21,13 +21,7 @@ INTERPRETED = [
     "test_triton_nf4.py",
     "test_triton_linear_4bit.py",
     "test_triton_lora_linear.py",
-INTERPRETED = [
-    "test_triton_device.py",
-    "test_triton_nf4.py",
-    "test_triton_linear_4bit.py",
-    "test_triton_lora_linear.py",
     "test_triton_scaled_linear.py",
-]
 ]
 
 
