@@ -14,3 +14,10 @@ def backend(request):
         pytest.skip(reason)
     with pk.use_backend(request.param):
         yield request.param
+
+
+def pytest_collection_modifyitems(items):
+    """Where there is a GPU, the Triton kernels' tests run on it: `-m gpu` takes them along."""
+    for item in items:
+        if item.path.name.startswith("test_triton_") and torch.cuda.is_available():
+            item.add_marker(pytest.mark.gpu)

@@ -13,10 +13,11 @@ import torch
 pytest.importorskip("triton")
 from peft_kernels.ops.nf4.reference import CODES
 from peft_kernels.triton_common import interpreting
-from peft_kernels.triton_common.decode import decode_asm
+from peft_kernels.triton_common.decode import MULTIPLIER, decode_asm, multiplied_codes
 
 HERE = Path(__file__).parent
 INTERPRETED = [
+    "test_triton_device.py",
     "test_triton_nf4.py",
     "test_triton_linear_4bit.py",
     "test_triton_lora_linear.py",
@@ -38,7 +39,7 @@ def test_in_the_interpreter(name):
 
 def run_ptx(asm: str, word: int) -> dict[str, int]:
     """Execute the few instructions of the decode on one input word."""
-    registers = {"$4": word}
+    registers = {"$8": word, "%lanemask_lt": 0x7FFFFFFF}
 
     def value(operand: str) -> int:
         return registers[operand] if operand in registers else int(operand, 0)
@@ -51,36 +52,61 @@ def run_ptx(asm: str, word: int) -> dict[str, int]:
     operations = {
         "shr": lambda a, n: a >> n,
         "and": lambda a, b: a & b,
-        "or": lambda a, b: a | b,
+        "lop3": lambda a, b, c, table: {0xEA: (a & b) | c}[table],
+        "xor": lambda a, b: a ^ b,
         "mov": lambda a: a,
         "prmt": lambda a, b, selector: prmt(a, b, selector & 0xFFFF),
     }
-    for operation, operands in re.findall(r"(shr|and|or|mov|prmt)\.b32 ([^;]+);", asm):
+    body = re.sub(r"\.reg [^;]+;", "", asm)
+    for operation, operands in re.findall(r"(\w+)\.[bu]32 ([^;]+);", body):
+        if halves := re.match(r"\{(\$\d), (\$\d)\}, (\w+)", operands):  # a word into two 16-bit registers
+            registers[halves[1]], registers[halves[2]] = (registers[halves[3]] >> i & 0xFFFF for i in (0, 16))
+            continue
         target, *sources = [operand.strip() for operand in operands.split(",")]
         registers[target] = operations[operation](*map(value, sources))
     return registers
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("quant_type", CODES)
-def test_byte_permute_decodes_every_byte(quant_type):
-    code = CODES[quant_type]
+def test_byte_permute_decodes_every_byte(quant_type, dtype):
+    code = multiplied_codes(quant_type, dtype)
     asm = decode_asm(code)
     for first in range(0, 256, 4):
         octets = bytes(range(first, first + 4))
         registers = run_ptx(asm, int.from_bytes(octets, "little"))
-        words = struct.pack("<4I", *(registers[f"${i}"] for i in range(4)))
-        expected = [code[b >> 4] for b in octets] + [code[b & 0xF] for b in octets]
-        assert words == struct.pack("<8e", *expected)
+        bits = [registers[f"${i}"] for i in range(8)]
+        nibbles = [nibble for b in octets for nibble in (b >> 4, b & 0xF)]
+        integers = code.view(torch.int32 if dtype == torch.float32 else torch.int16)
+        assert bits == [integers[n].item() & (0xFFFFFFFF if dtype == torch.float32 else 0xFFFF) for n in nibbles]
 
 
-def test_float16_codes_stay_in_budget():
-    """The decode's float16 codes cost little, also where an input of one sign lets their rounding add up."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_multiplied_codes_stay_in_budget(dtype):
+    """Rounding the codes, and for many rows the scales too, costs no more than the budget of a rounded weight.
+
+    Also where inputs of one sign let the codes' errors add up, which plain rounded codes do not survive.
+    """
     generator = torch.Generator().manual_seed(0)
-    index = torch.randint(0, 16, (256, 64, 64), generator=generator)  # rows, blocks, elements
-    scale = torch.rand(256, 64, 1, generator=generator) * 0.1
+    w = torch.randn(256, 64, 64, generator=generator)  # rows, blocks, elements
+    absmax = w.abs().amax(-1, keepdim=True)
     code = torch.tensor(CODES["nf4"])
-    exact = (code.double()[index] * scale.double()).flatten(1)
-    eager = (code[index] * scale).bfloat16().double().flatten(1)
-    fused = (code.half().float()[index] * scale).bfloat16().double().flatten(1)
-    for x in (torch.ones(4096, dtype=torch.float64), torch.randn(4096, generator=generator, dtype=torch.float64)):
-        assert ((fused - exact) @ x).square().mean() <= 4 * ((eager - exact) @ x).square().mean()
+    index = torch.bucketize(w / absmax, (code[1:] + code[:-1]) / 2)
+    exact = (code.double()[index] * absmax.double()).flatten(1)
+    multiplier, codes = MULTIPLIER["nf4"][dtype], multiplied_codes("nf4", dtype)
+    eager = (code[index] * absmax).to(dtype).double().flatten(1)
+    few_rows = (codes.double()[index] * (absmax / multiplier).double()).flatten(1)
+    many_rows = (codes[index] * (absmax / multiplier).to(dtype)).double().flatten(1)
+    plain = (code.to(dtype).double()[index] * absmax.double()).flatten(1)
+    normal = torch.randn(4096, generator=generator, dtype=torch.float64)
+    for x in (torch.ones(4096, dtype=torch.float64), normal, normal.abs()):
+        budget = ((eager - exact) @ x).square().mean().sqrt()
+        assert ((few_rows - exact) @ x).square().mean().sqrt() <= budget
+        assert ((many_rows - exact) @ x).square().mean().sqrt() <= 2 * budget
+    assert ((plain - exact) @ normal.abs()).square().mean().sqrt() > 2 * budget
+
+
+def test_fp4_codes_are_exact():
+    for dtype, multiplier in MULTIPLIER["fp4"].items():
+        exact = torch.tensor(CODES["fp4"], dtype=torch.float64) * multiplier
+        torch.testing.assert_close(multiplied_codes("fp4", dtype).double(), exact, rtol=1e-7, atol=0)

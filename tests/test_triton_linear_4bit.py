@@ -56,6 +56,19 @@ def test_decode_and_vendor_gemm(dtype):
     torch.testing.assert_close(triton_kernels.backward(x @ w.t(), weight), (x @ w.t()) @ w, rtol=0, atol=0)
 
 
+def test_panels(monkeypatch, poison):
+    """A weight above the scratch's limit is decoded and multiplied panel by panel, to the same result."""
+    monkeypatch.setattr(triton_kernels, "_PANEL_BYTES", 0)
+    weight = quantized(4096 + 32, 64, "nf4", 64, True)
+    x = randn(3, 64, dtype=torch.float16)
+    w, bias = weight.dequantize(torch.float16), randn(4096 + 32, dtype=torch.float16)
+    torch.testing.assert_close(triton_kernels.vendor_forward(x, weight, None), x @ w.t())
+    torch.testing.assert_close(triton_kernels.vendor_forward(x, weight, bias), F.linear(x, w, bias))
+    wide = quantized(5, 4096 + 128, "nf4", 64, True)
+    dy = randn(3, 5, dtype=torch.float16)
+    torch.testing.assert_close(triton_kernels.vendor_backward(dy, wide), dy @ wide.dequantize(torch.float16))
+
+
 def test_strided_rows():
     weight = quantized(24, 64, "nf4", 64, True)
     wide = randn(6, 128, dtype=torch.float16)

@@ -50,6 +50,16 @@ def test_dequantize_into_scratch():
     assert torch.equal(out, weight.dequantize(torch.float32))
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_dequantize_window(nested, poison):
+    weight = Weight4bit.quantize(randn(300, 192), double_quant=nested)
+    w = weight.dequantize(torch.float32)
+    rows, columns = slice(261, 299), slice(64, 192)
+    assert torch.equal(triton_kernels.dequantize(weight, torch.float32, rows=rows), w[rows])
+    assert torch.equal(triton_kernels.dequantize(weight, torch.float32, columns=columns), w[:, columns])
+    assert torch.equal(triton_kernels.dequantize(weight, torch.float32, None, rows, columns), w[rows, columns])
+
+
 def test_why_not():
     assert triton_kernels.why_not(DEVICE, (torch.float32,)) is None
     assert "float64" in triton_kernels.why_not(DEVICE, (torch.float64,))

@@ -50,9 +50,12 @@ class Machine:
 
 MACHINES = (
     Machine(Target("cuda", 80, 108), 163 * 1024, r"mma\.sync"),
+    Machine(Target("cuda", 89, 142), 99 * 1024, r"mma\.sync"),
     Machine(Target("cuda", 90, 132), 227 * 1024, r"wgmma\.mma_async|mma\.sync"),
     Machine(Target("cuda", 100, 148), 227 * 1024, r"tcgen05\.mma|mma\.sync"),
+    Machine(Target("cuda", 120, 170), 99 * 1024, r"mma\.sync"),
     Machine(Target("hip", "gfx942", 304), 64 * 1024, r"v_mfma"),
+    Machine(Target("hip", "gfx950", 256), 160 * 1024, r"v_mfma"),
 )
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .device import apply_dropout, lora_seed
-from .launch import launch
+from .launch import cdiv, launch
 
 
 class LowRank(NamedTuple):
@@ -52,7 +52,7 @@ NO_LOW_RANK: dict[str, Any] = {
 
 def block_r(rank: int) -> int:
     """Columns of a rank tile: at least the 16 that a tensor-core product takes, at most 64 at a time."""
-    return min(max(triton.next_power_of_2(rank), 16), 64)
+    return min(max(1 << (rank - 1).bit_length(), 16), 64)
 
 
 def dropout_arguments(p: float, seed: torch.Tensor | None) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def expand_add(out: torch.Tensor, term: LowRank) -> None:
     block_m, block_n = 64, 64 if out.dtype == torch.float32 else 128
     launch(
         _lora_expand_add_kernel,
-        (triton.cdiv(n, block_n), triton.cdiv(m, block_m)),
+        (cdiv(n, block_n), cdiv(m, block_m)),
         out.device,
         out_ptr=out,
         M=m,

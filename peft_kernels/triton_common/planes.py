@@ -6,12 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Target, launch
+from .launch import Target, cdiv, launch
 
 
-def split_count(programs: int, steps: int, most: int, on: Target) -> int:
-    """How often to split a loop of `steps` so that about two programs per multiprocessor run."""
-    return max(1, min(2 * on.multiprocessors // programs, steps, most))
+def split_count(programs: int, steps: int, most: int, on: Target, resident: int = 2) -> int:
+    """How often to split a loop of `steps` so that about `resident` programs per multiprocessor run."""
+    return max(1, min(resident * on.multiprocessors // programs, steps, most))
 
 
 def sum_planes(planes: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -19,7 +19,7 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> t
     block = 1024
     launch(
         _sum_planes_kernel,
-        (triton.cdiv(out.numel(), block),),
+        (cdiv(out.numel(), block),),
         out.device,
         planes_ptr=planes,
         out_ptr=out,

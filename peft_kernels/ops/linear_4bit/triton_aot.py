@@ -25,12 +25,14 @@ def _backward(rows: int, **weight: object) -> None:
 
 
 def cases() -> Iterator[Case]:
-    """Every tile with nested statistics; plain ones, FP4 and straddling blocks once."""
+    """Every tile with nested statistics; plain ones, FP4, float16 and the other ways to decode once."""
     for rows in (1, 32, 64, 256):
         yield Case(f"forward M={rows} bf16 nested", rows, partial(_forward, rows))
         yield Case(f"backward M={rows} bf16 nested", rows, partial(_backward, rows))
     yield Case("forward M=1 bf16 plain", 1, lambda: _forward(1, nested=False))
-    yield Case("forward M=1 bf16 fp4 nested", 1, lambda: _forward(1, quant_type="fp4"))
+    yield Case("forward M=1 fp16 fp4 nested", 1, lambda: _forward(1, torch.float16, quant_type="fp4"))
     yield Case("forward M=64 fp16 nested", 64, lambda: _forward(64, torch.float16))
+    yield Case("forward M=64 bf16 blocksize 32", 64, lambda: _forward(64, blocksize=32))
+    yield Case("backward M=64 bf16 blocksize 32", 64, lambda: _backward(64, blocksize=32))
     yield Case("forward M=1 bf16 any", 1, lambda: _forward(1, nested=False, blocksize=8192))
     yield Case("backward M=1 bf16 any", 1, lambda: _backward(1, nested=False, blocksize=8192))

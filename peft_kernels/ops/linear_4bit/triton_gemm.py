@@ -5,8 +5,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...triton_common.decode import load_weight_tile
+from ...triton_common.decode import block_scale, decode_words, load_weight_tile, load_words, unit_scale
 from ...triton_common.device import apply_dropout, dot, lora_seed
+
+
+@triton.jit
+def _fragment_order(slot):
+    """Which of 64 columns of K stands in each slot of the product, so that threads decode whole words.
+
+    In a tensor core's first operand thread t of four holds columns 2 t, 2 t + 1 of every group of eight. Given instead
+    the columns 16 t ... 16 t + 15 of a block, it reads them as two words; x's rows are put in the same order.
+    """
+    column = (slot & 1) | ((slot >> 2) & 0xE) | ((slot & 6) << 3)
+    return tl.max_contiguous(tl.multiple_of(column, 2), 2)
+
+
+@triton.jit
+def _add_words_product(
+    acc, x, packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, k0, inside, stride_wn, stride_sn,
+    CODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """acc + W[n0 : n0 + BLOCK_N, k0 : k0 + 64] x, with x (64, BLOCK_M) in the order of `_fragment_order`."""
+    words = load_words(packed_ptr, n0, k0, inside[:, None], stride_wn, BLOCK_N, 64)
+    block = (tl.cast(n0, tl.int64) + tl.arange(0, BLOCK_N)) * stride_sn + k0 // BLOCKSIZE
+    scale = block_scale(block, inside, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE)
+    scale = unit_scale(scale, CODE)
+    # few rows: scaling their float32 sums costs less than scaling the weight, and rounds nothing
+    AFTER: tl.constexpr = BLOCK_M <= 32
+    w = decode_words(words, scale[:, None], code_ptr, CODE, SCALED=not AFTER)  # [BLOCK_N, 8, 2, 2, 2]
+    w = w.reshape(BLOCK_N, 4, 2, 2, 2, 2).permute(0, 2, 3, 4, 1, 5).reshape(BLOCK_N, 64)
+    if AFTER:
+        product = dot(w, x, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        return tl.fma(product, tl.broadcast_to(scale[:, None], product.shape), acc)
+    else:
+        return dot(w, x, acc)
 
 
 @triton.jit
@@ -14,7 +47,8 @@ def _linear_4bit_fwd_kernel(
     x_ptr, packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, bias_ptr, left_ptr, right_ptr, out_ptr,
     out_scale_ptr,
     M, N, K, rank, k_per_split, scaling, stride_xm, stride_wn, stride_sn, stride_lm, stride_rr, stride_rn,
-    DECODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    DECODE: tl.constexpr, CODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr, WHOLE_STEPS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LORA: tl.constexpr, LORA_PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +62,6 @@ def _linear_4bit_fwd_kernel(
     split = tl.program_id(2)
     n = tl.arange(0, BLOCK_N)
     m = m0 + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     first_rows = tl.where(split == 0, N, 0)
     if HAS_LORA:
@@ -40,15 +73,30 @@ def _linear_4bit_fwd_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n0 + n, mask=n0 + n < first_rows, other=0.0).to(tl.float32)[:, None]
 
-    x_ptr += m.to(tl.int64)[None, :] * stride_xm + k[:, None]
     k_end = tl.minimum(K, (split + 1) * k_per_split)
-    for k0 in range(split * k_per_split, k_end, BLOCK_K):
-        x = tl.load(x_ptr + k0, mask=(m < M)[None, :] & (k < K - k0)[:, None], other=0.0)  # [BLOCK_K, BLOCK_M]
-        w = load_weight_tile(
-            packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, k0, N, K, stride_wn, stride_sn,
-            x.dtype, DECODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        acc = dot(w, x, acc)
+    if DECODE == "words":
+        k = _fragment_order(tl.arange(0, 64))
+        x_ptr += m.to(tl.int64)[None, :] * stride_xm + k[:, None]
+        for step in range(split * k_per_split, k_end, BLOCK_K):
+            for k0 in tl.static_range(0, BLOCK_K, 64):
+                m_in, n_in = m < M, n < N - n0
+                if not WHOLE_STEPS:
+                    m_in, n_in = m_in & (step + k0 < k_end), n_in & (step + k0 < k_end)
+                x = tl.load(x_ptr + step + k0, mask=m_in[None, :], other=0.0)  # [64, BLOCK_M]
+                acc = _add_words_product(
+                    acc, x, packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, step + k0, n_in,
+                    stride_wn, stride_sn, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_M,
+                )  # fmt: skip
+    else:
+        k = tl.arange(0, BLOCK_K)
+        x_ptr += m.to(tl.int64)[None, :] * stride_xm + k[:, None]
+        for k0 in range(split * k_per_split, k_end, BLOCK_K):
+            x = tl.load(x_ptr + k0, mask=(m < M)[None, :] & (k < K - k0)[:, None], other=0.0)  # [BLOCK_K, BLOCK_M]
+            w = load_weight_tile(
+                packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, k0, N, K, stride_wn,
+                stride_sn, x.dtype, DECODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            acc = dot(w, x, acc)
     if out_scale_ptr is not None:
         acc *= tl.load(out_scale_ptr + n0 + n, mask=n0 + n < N, other=0.0)[:, None]
     out_ptr += (split.to(tl.int64) * M + m)[None, :] * N + (n0 + n)[:, None]
@@ -61,7 +109,8 @@ def _linear_4bit_bwd_kernel(
     out_ptr,
     M, N, K, rank, n_per_split, scaling, threshold, inverse_keep,
     stride_ym, stride_wn, stride_sn, stride_lm, stride_rr, stride_rn,
-    DECODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    DECODE: tl.constexpr, CODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
     HAS_LORA: tl.constexpr, LORA_PIECES: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -86,10 +135,19 @@ def _linear_4bit_bwd_kernel(
     n_end = tl.minimum(N, (split + 1) * n_per_split)
     for n0 in range(split * n_per_split, n_end, BLOCK_N):
         dy = tl.load(dy_ptr + n0, mask=(m < M)[:, None] & (n < N - n0)[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
-        w = load_weight_tile(
-            packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, k0, N, K, stride_wn, stride_sn,
-            dy.dtype, DECODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        if DECODE == "words":
+            group = k0 // 64 + tl.arange(0, BLOCK_K // 64)[None, :]
+            inside = (n < N - n0)[:, None] & (group < K // 64)
+            words_in = (n < N - n0)[:, None] & (tl.arange(0, BLOCK_K // 8)[None, :] < (K - k0) // 8)
+            words = load_words(packed_ptr, n0, k0, words_in, stride_wn, BLOCK_N, BLOCK_K)
+            block = (tl.cast(n0, tl.int64) + n)[:, None] * stride_sn + group * 64 // BLOCKSIZE
+            scale = block_scale(block, inside, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE)
+            w = decode_words(words, unit_scale(scale, CODE), code_ptr, CODE, SCALED=True).reshape(BLOCK_N, BLOCK_K)
+        else:
+            w = load_weight_tile(
+                packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, k0, N, K, stride_wn,
+                stride_sn, dy.dtype, DECODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         acc = dot(dy, w, acc)
     out_ptr += (split.to(tl.int64) * M + m)[:, None] * K + k[None, :]
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])

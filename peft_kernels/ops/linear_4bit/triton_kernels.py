@@ -6,20 +6,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 
-from ...triton_common import interpreting, why_not_tensors
-from ...triton_common.launch import Target, launch, target
+from ...triton_common import why_not_tensors
+from ...triton_common.decode import CODE_KINDS
+from ...triton_common.launch import Target, cdiv, launch, target
 from ...triton_common.lowrank import NO_LOW_RANK, LowRank
 from ...triton_common.planes import split_count, sum_planes
 from ...weight4bit import Weight4bit
 from ..nf4.triton_kernels import dequantize, statistics
 from .triton_gemm import _linear_4bit_bwd_kernel, _linear_4bit_fwd_kernel
 
-# The most rows that the fused kernels serve; beyond, the decode is a small part of a large GEMM. Predictions: none of
-# these rows was measured yet. NVIDIA's 512 is where decode + cuBLAS is known to win on H100; without the byte-permute
-# decode (AMD, FP4, float16, blocks that straddle rows) the fused kernels pay twice the instructions.
-_CROSSOVER = {"byte permute": 512, "table": 128}
+# The most rows that the fused kernels serve, by the instructions of their tiles; beyond, decode to scratch and the
+# vendor's GEMM. Predicted by bench/model.py from instructions per weight, not measured: tensor cores that outrun the
+# decode (tcgen05), and decodes that cost two or three times as much (mma.sync, tables), give way earlier.
+_CROSSOVER = {"wgmma": 384, "tcgen05": 64, "mma": 128, "table": 64}
 
 
 class _Tile(NamedTuple):
@@ -32,19 +32,33 @@ class _Tile(NamedTuple):
     num_stages: int
 
 
-# By the most rows each serves. Set from compiled objects (registers, spills), not from measurements: with 64 columns of
-# K a row's tile is one block of 64, so a thread holds one scale; eight warps where four would need over 200 registers.
-_FORWARD = {
-    16: _Tile(16, 128, 64, 4, 3),
-    32: _Tile(32, 128, 64, 4, 3),
-    64: _Tile(64, 128, 64, 8, 3),
-    512: _Tile(128, 128, 64, 8, 3),
-}
-_BACKWARD = {
-    16: _Tile(16, 64, 64, 4, 3),
-    32: _Tile(32, 64, 64, 4, 3),
-    512: _Tile(64, 64, 128, 8, 3),
-}
+# Forward and backward tiles, by the most rows each serves. Set from compiled objects (registers, spills, instructions
+# per weight), not from measurements. Tiles of "words" give a thread 64 weights or more between two barriers; wgmma
+# takes 128 rows of x where mma.sync would spill, and tcgen05 loses the product from there on (Triton 3.6).
+_TILES = {
+    "wgmma": (
+        {16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3), 64: _Tile(64, 256, 64, 8, 3),
+         512: _Tile(128, 256, 64, 8, 3)},
+        {16: _Tile(16, 64, 128, 4, 3), 32: _Tile(32, 64, 128, 4, 3), 64: _Tile(64, 64, 256, 8, 3),
+         512: _Tile(128, 64, 128, 8, 3)},
+    ),
+    "tcgen05": (
+        {16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3), 512: _Tile(64, 256, 64, 8, 3)},
+        {16: _Tile(16, 64, 128, 4, 3), 32: _Tile(32, 64, 128, 4, 3), 512: _Tile(64, 64, 128, 8, 3)},
+    ),
+    "mma": (
+        {16: _Tile(16, 128, 128, 4, 3), 32: _Tile(32, 256, 64, 8, 3), 512: _Tile(64, 256, 64, 8, 3)},
+        {16: _Tile(16, 64, 128, 4, 3), 32: _Tile(32, 64, 128, 4, 3), 512: _Tile(64, 64, 256, 8, 3)},
+    ),
+    "table": (  # one scale a row of the tile; two stages fit into 64 KiB
+        {16: _Tile(16, 128, 64, 4, 2), 32: _Tile(32, 128, 64, 4, 2), 64: _Tile(64, 128, 64, 8, 2),
+         512: _Tile(128, 128, 64, 8, 2)},
+        {16: _Tile(16, 64, 64, 4, 2), 32: _Tile(32, 64, 64, 4, 2), 512: _Tile(64, 64, 64, 4, 2)},
+    ),
+}  # fmt: skip
+# Programs of few rows that one multiprocessor holds: with fewer, their waits for the tensor cores would not overlap.
+_RESIDENT = 4
+_INSTRUCTIONS: dict[int | str, str] = {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}
 
 
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -55,23 +69,18 @@ def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None
 def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> torch.Tensor:
     """x (M, K), M >= 1 -> (M, N)."""
     x = row_major(x)
-    if fused(x, weight):
-        return fused_forward(x, weight, bias, None)
-    return F.linear(x, decode(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    return fused_forward(x, weight, bias, None) if fused(x, weight) else vendor_forward(x, weight, bias)
 
 
 def backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
     """dy (M, N) -> dx (M, K)."""
     dy = row_major(dy)
-    if fused(dy, weight):
-        return fused_backward(dy, weight, None)
-    return dy @ decode(weight, dy.dtype)
+    return fused_backward(dy, weight, None) if fused(dy, weight) else vendor_backward(dy, weight)
 
 
 def fused(x: torch.Tensor, weight: Weight4bit) -> bool:
     """Whether the fused kernels run: float32 has no tensor cores worth decoding for."""
-    kind = "byte permute" if _decode_kind(weight, x.dtype, target(x.device)) == "asm" else "table"
-    return x.dtype != torch.float32 and x.shape[0] <= _CROSSOVER[kind]
+    return x.dtype != torch.float32 and x.shape[0] <= _CROSSOVER[_tiles(weight, target(x.device))]
 
 
 def fused_forward(
@@ -83,12 +92,14 @@ def fused_forward(
 ) -> torch.Tensor:
     """y (M, N) = x W^T + b + term, where term.right is (rank, N); times out_scale (N,) float32 if given."""
     m, (n, k) = x.shape[0], weight.shape
-    on, tile = target(x.device), _tile(_FORWARD, m)
-    grid = (triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m))
+    on = target(x.device)
+    tile = _tile(0, m, weight, on)
+    grid = (cdiv(n, tile.block_n), cdiv(m, tile.block_m))
+    steps = cdiv(k, tile.block_k)
     # planes are written and read once each: their traffic stays below the weight's
-    steps = triton.cdiv(k, tile.block_k)
-    k_per_split = triton.cdiv(steps, split_count(grid[0] * grid[1], steps, k // (16 * m), on)) * tile.block_k
-    splits = triton.cdiv(k, k_per_split)
+    count = split_count(grid[0] * grid[1], steps, k // (16 * m), on, _RESIDENT if m <= 32 else 2)
+    k_per_split = cdiv(steps, count) * tile.block_k
+    splits = cdiv(k, k_per_split)
     y = x.new_empty((m, n))
     planes = y if splits == 1 else x.new_empty((splits, m, n), dtype=torch.float32)
     arguments = NO_LOW_RANK if term is None else term.arguments(x.dtype)
@@ -106,8 +117,9 @@ def fused_forward(
         **_weight_arguments(weight, x.dtype, on),
         HAS_BIAS=bias is not None,
         HAS_LORA=term is not None,
+        WHOLE_STEPS=k % tile.block_k == 0,
         M=m,
-        **_tile_arguments(tile, weight, x.dtype, on),
+        **_tile_arguments(tile, weight, on),
     )
     return y if splits == 1 else sum_planes(planes, y)
 
@@ -115,11 +127,12 @@ def fused_forward(
 def fused_backward(dy: torch.Tensor, weight: Weight4bit, term: LowRank | None) -> torch.Tensor:
     """dx (M, K) = dy W + term, where term.right is (rank, K)."""
     m, (n, k) = dy.shape[0], weight.shape
-    on, tile = target(dy.device), _tile(_BACKWARD, m)
-    grid = (triton.cdiv(k, tile.block_k), triton.cdiv(m, tile.block_m))
-    steps = triton.cdiv(n, tile.block_n)
-    n_per_split = triton.cdiv(steps, split_count(grid[0] * grid[1], steps, n // (16 * m), on)) * tile.block_n
-    splits = triton.cdiv(n, n_per_split)
+    on = target(dy.device)
+    tile = _tile(1, m, weight, on)
+    grid = (cdiv(k, tile.block_k), cdiv(m, tile.block_m))
+    steps = cdiv(n, tile.block_n)
+    n_per_split = cdiv(steps, split_count(grid[0] * grid[1], steps, n // (16 * m), on)) * tile.block_n
+    splits = cdiv(n, n_per_split)
     dx = dy.new_empty((m, k))
     planes = dx if splits == 1 else dy.new_empty((splits, m, k), dtype=torch.float32)
     launch(
@@ -134,7 +147,7 @@ def fused_backward(dy: torch.Tensor, weight: Weight4bit, term: LowRank | None) -
         **_weight_arguments(weight, dy.dtype, on),
         HAS_LORA=term is not None,
         M=m,
-        **_tile_arguments(tile, weight, dy.dtype, on),
+        **_tile_arguments(tile, weight, on),
     )
     return dx if splits == 1 else sum_planes(planes, dx)
 
@@ -144,30 +157,73 @@ def row_major(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
+# The most bytes of a decoded weight at a time: larger ones (a vocabulary's projection) are decoded and multiplied panel
+# by panel. Predicted, not measured: panels as small as an L2 cache would cost large GEMMs more in part-filled waves of
+# tiles (12 % at M = 8192 on H100) than they save in traffic (5 %), so the limit is there for memory's sake.
+_PANEL_BYTES = 256 << 20
+
+
+def vendor_forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> torch.Tensor:
+    """y (M, N) = x W^T + b by the vendor's GEMM on the decoded weight."""
+    n, k = weight.shape
+    bias = None if bias is None else bias.to(x.dtype)
+    step = 4096 * max(1, _PANEL_BYTES // (4096 * k * x.element_size()))  # whole blocks of any size
+    if n <= step:
+        return F.linear(x, decode(weight, x.dtype), bias)
+    y = x.new_empty((x.shape[0], n))
+    for n0 in range(0, n, step):
+        rows = slice(n0, min(n0 + step, n))
+        w = decode(weight, x.dtype, rows=rows).t()
+        if bias is None:
+            torch.mm(x, w, out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, w, out=y[:, rows])
+    return y
+
+
+def vendor_backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
+    """dx (M, K) = dy W by the vendor's GEMM on the decoded weight."""
+    n, k = weight.shape
+    step = 4096 * max(1, _PANEL_BYTES // (4096 * n * dy.element_size()))
+    if k <= step or k % weight.blocksize:
+        return dy @ decode(weight, dy.dtype)
+    dx = dy.new_empty((dy.shape[0], k))
+    for k0 in range(0, k, step):
+        columns = slice(k0, min(k0 + step, k))
+        torch.mm(dy, decode(weight, dy.dtype, columns=columns), out=dx[:, columns])
+    return dx
+
+
 _scratch: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = {}
 
 
-def decode(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
-    """W in a scratch that the next call on the same stream overwrites; while a graph is captured, in a fresh tensor."""
-    device, numel = weight.packed.device, weight.shape[0] * weight.shape[1]
+def decode(
+    weight: Weight4bit, dtype: torch.dtype, rows: slice = slice(None), columns: slice = slice(None)
+) -> torch.Tensor:
+    """W or a window of it, in a scratch that the next call on the same stream overwrites.
+
+    While a graph is captured it is a fresh tensor: a replay must not meet other calls in the scratch.
+    """
+    device = weight.packed.device
+    shape = [len(range(size)[window]) for size, window in zip(weight.shape, (rows, columns), strict=True)]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return dequantize(weight, dtype)
+        return dequantize(weight, dtype, None, rows, columns)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    buffer = _scratch.get((device, stream, dtype))
+    buffer, numel = _scratch.get((device, stream, dtype)), shape[0] * shape[1]
     if buffer is None or buffer.numel() < numel:
         buffer = _scratch[device, stream, dtype] = torch.empty(numel, dtype=dtype, device=device)
-    return dequantize(weight, dtype, out=buffer[:numel].view(weight.shape))
+    return dequantize(weight, dtype, buffer[:numel].view(shape), rows, columns)
 
 
 _DROPOUT_ARGUMENTS = {"seed_ptr", "threshold", "inverse_keep", "DROPOUT"}
 
 
-def _decode_kind(weight: Weight4bit, dtype: torch.dtype, on: Target) -> str:
-    """How a tile is decoded; see `load_weight_tile`. The byte permute's float16 codes are too coarse for float16."""
+def _decode_kind(weight: Weight4bit, on: Target) -> str:
+    """How a tile is decoded: words of eight codes by byte permute on NVIDIA; else see `load_weight_tile`."""
     if weight.shape[1] % weight.blocksize:
         return "any"
-    permute = weight.quant_type == "nf4" and dtype == torch.bfloat16 and on.kind == "cuda" and not interpreting()
-    return "asm" if permute else "lut"
+    # the interpreter stands in for NVIDIA, with a table in the permute's place
+    return "words" if on.kind != "hip" and weight.blocksize >= 64 and weight.packed.data_ptr() % 4 == 0 else "lut"
 
 
 def _weight_arguments(weight: Weight4bit, dtype: torch.dtype, on: Target) -> dict[str, Any]:
@@ -178,23 +234,29 @@ def _weight_arguments(weight: Weight4bit, dtype: torch.dtype, on: Target) -> dic
         "K": k,
         "stride_wn": k // 2,
         "stride_sn": k // weight.blocksize,
-        "DECODE": _decode_kind(weight, dtype, on),
+        "DECODE": _decode_kind(weight, on),
+        "CODE": CODE_KINDS.index((weight.quant_type, dtype)),
         "enable_fp_fusion": False,
     }
 
 
-def _tile(table: dict[int, _Tile], m: int) -> _Tile:
+def _tiles(weight: Weight4bit, on: Target) -> str:
+    """Which tiles serve: those of the target's matrix instruction, or of a decode by table."""
+    return _INSTRUCTIONS.get(on.arch, "mma") if _decode_kind(weight, on) == "words" else "table"
+
+
+def _tile(direction: int, m: int, weight: Weight4bit, on: Target) -> _Tile:
+    """The tile for m rows, forward (0) or backward (1)."""
+    table = _TILES[_tiles(weight, on)][direction]
     return next((tile for rows, tile in table.items() if m <= rows), table[max(table)])
 
 
-def _tile_arguments(tile: _Tile, weight: Weight4bit, dtype: torch.dtype, on: Target) -> dict[str, Any]:
-    num_stages = 2 if on.kind == "hip" else tile.num_stages  # 64 KiB of shared memory there
-    if _decode_kind(weight, dtype, on) == "any":
-        num_stages = 1  # it would stage a scale for every element
+def _tile_arguments(tile: _Tile, weight: Weight4bit, on: Target) -> dict[str, Any]:
     return {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "num_warps": tile.num_warps,
-        "num_stages": num_stages,
+        # element by element it would stage a scale for each
+        "num_stages": 1 if _decode_kind(weight, on) == "any" else tile.num_stages,
     }

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ...triton_common.device import dot_wide, dropout_keep
-from ...triton_common.launch import Target, launch, target
+from ...triton_common.launch import Target, cdiv, launch, target
 from ...triton_common.lowrank import block_r, dropout_arguments
 from ...triton_common.planes import split_count, sum_planes
 
@@ -25,7 +25,7 @@ class _Tile(NamedTuple):
 # The shrink kernel has a tall tile of its own, of 128 rows: Blackwell's natural size. Six products a step in place of
 # one or three need small tiles, or registers spill.
 _TILE, _TILE_FLOAT32 = _Tile(64, 128, 64), _Tile(32, 64, 16)
-_SHRINK_TILE, _SHRINK_TILE_FLOAT32 = _Tile(128, 64, 64), _Tile(64, 32, 16)
+_SHRINK_TILE, _SHRINK_TILE_FLOAT32 = _Tile(128, 64, 64), _Tile(64, 64, 16)
 
 
 def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
@@ -33,12 +33,12 @@ def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor |
     m, k = x.shape
     rank = lora_A.shape[0]
     tile = _SHRINK_TILE_FLOAT32 if pieces(x, lora_A) == 6 else _SHRINK_TILE if m > _TILE.block_m else _TILE
-    block_m, block_k = max(16, min(tile.block_m, triton.next_power_of_2(m))), tile.block
+    block_m, block_k = max(16, min(tile.block_m, 1 << (m - 1).bit_length())), tile.block
     tile_r = min(block_r(rank), tile.block_r)
-    grid = (triton.cdiv(m, block_m), triton.cdiv(rank, tile_r))
-    steps = triton.cdiv(k, block_k)
-    k_per_split = triton.cdiv(steps, split_count(grid[0] * grid[1], steps, 16, target(x.device))) * block_k
-    splits = triton.cdiv(k, k_per_split)
+    grid = (cdiv(m, block_m), cdiv(rank, tile_r))
+    steps = cdiv(k, block_k)
+    k_per_split = cdiv(steps, split_count(grid[0] * grid[1], steps, 16, target(x.device))) * block_k
+    splits = cdiv(k, k_per_split)
     planes = torch.empty((splits, m, rank), dtype=torch.float32, device=x.device)
     dropout = dropout_arguments(p, seed)
     launch(
@@ -73,12 +73,12 @@ def t_and_db(
     rank, on = lora_B.shape[1], target(dy.device)
     tile = _TILE_FLOAT32 if pieces(dy, lora_B) == 6 else _TILE
     tile_r = min(block_r(rank), tile.block_r)
-    grid = (triton.cdiv(n, tile.block), triton.cdiv(rank, tile_r))
-    steps = triton.cdiv(m, tile.block_m)
+    grid = (cdiv(n, tile.block), cdiv(rank, tile_r))
+    steps = cdiv(m, tile.block_m)
     # dB's planes stay at an eighth of dY's bytes
     most = max(1, dy.numel() * dy.element_size() // (32 * n * rank)) if need_db else steps
-    m_per_split = triton.cdiv(steps, split_count(grid[0] * grid[1], steps, most, on)) * tile.block_m
-    splits = triton.cdiv(m, m_per_split)
+    m_per_split = cdiv(steps, split_count(grid[0] * grid[1], steps, most, on)) * tile.block_m
+    splits = cdiv(m, m_per_split)
     t = torch.empty((grid[0], m, rank), dtype=torch.float32, device=dy.device) if need_t else None
     db = torch.empty((splits, n, rank), dtype=torch.float32, device=dy.device) if need_db else None
     launch(
@@ -120,11 +120,11 @@ def da(x: torch.Tensor, t: torch.Tensor, lora_A: torch.Tensor, p: float, seed: t
     rank, on = lora_A.shape[0], target(x.device)
     tile = _TILE_FLOAT32 if pieces(x, lora_A) == 6 else _TILE
     tile_r = min(block_r(rank), tile.block_r)
-    grid = (triton.cdiv(k, tile.block), triton.cdiv(rank, tile_r))
-    steps = triton.cdiv(m, tile.block_m)
+    grid = (cdiv(k, tile.block), cdiv(rank, tile_r))
+    steps = cdiv(m, tile.block_m)
     most = max(1, x.numel() * x.element_size() // (32 * k * rank))  # planes of at most an eighth of x's bytes
-    m_per_split = triton.cdiv(steps, split_count(grid[0] * grid[1], steps, most, on)) * tile.block_m
-    splits = triton.cdiv(m, m_per_split)
+    m_per_split = cdiv(steps, split_count(grid[0] * grid[1], steps, most, on)) * tile.block_m
+    splits = cdiv(m, m_per_split)
     planes = torch.empty((splits, rank, k), dtype=torch.float32, device=x.device)
     dropout = dropout_arguments(p, seed)
     scale = dropout.pop("inverse_keep")
@@ -159,7 +159,8 @@ def pieces(x: torch.Tensor, parameter: torch.Tensor) -> int:
 
 
 def _options(on: Target) -> dict[str, int]:
-    return {"num_warps": 4, "num_stages": 2 if on.kind == "hip" else 3}  # 64 KiB of shared memory there
+    few = on.kind == "hip" or on.arch == 120  # 64 KiB of shared memory; registers would spill
+    return {"num_warps": 4, "num_stages": 2 if few else 3}
 
 
 @triton.jit(do_not_specialize=["threshold"])

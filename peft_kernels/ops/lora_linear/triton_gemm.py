@@ -9,16 +9,20 @@ import triton
 import triton.language as tl
 
 from ...triton_common.device import apply_dropout, dot, lora_seed
-from ...triton_common.launch import Target, launch, target
+from ...triton_common.launch import Target, cdiv, launch, target
 from ...triton_common.lowrank import LowRank
 
 # Tiles by target: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages. Set from compiled objects, not measured: two
 # warpgroups of wgmma on Hopper, half the tile where accumulators are ordinary registers.
 _TILES = {
     ("cuda", 80): (128, 128, 32, 8, 4),
+    ("cuda", 86): (128, 128, 32, 8, 4),
+    ("cuda", 89): (128, 128, 32, 8, 4),
     ("cuda", 90): (128, 256, 64, 8, 3),
     ("cuda", 100): (128, 256, 64, 8, 3),
+    ("cuda", 120): (128, 128, 32, 8, 4),
     ("hip", "gfx942"): (128, 128, 32, 4, 2),
+    ("hip", "gfx950"): (128, 128, 64, 4, 2),
 }
 _SAFE_TILE = (64, 64, 32, 4, 2)
 
@@ -33,7 +37,7 @@ def seeded_gemm(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, ter
         block_n = min(block_n, 128)  # the seed's pairs of bfloat16 would not leave enough registers
     launch(
         _lora_linear_gemm_kernel,
-        (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
+        (cdiv(m, block_m) * cdiv(n, block_n),),
         x.device,
         x_ptr=x,
         w_ptr=w,

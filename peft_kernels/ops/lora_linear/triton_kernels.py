@@ -24,7 +24,9 @@ _LARGE_GEMM = {
     ("cuda", 89): "seeded",
     ("cuda", 90): "vendor",
     ("cuda", 100): "vendor",
+    ("cuda", 120): "seeded",
     ("hip", "gfx942"): "vendor",
+    ("hip", "gfx950"): "vendor",
     ("cpu", 0): "seeded",
 }
 
@@ -55,10 +57,13 @@ def forward(
         term = LowRank(s, right.t())
     if isinstance(weight, Weight4bit) and base.fused(x, weight):
         return base.fused_forward(x, weight, bias, term), s
-    w = base.decode(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
     if _seeded(x, target(x.device)):
+        w = base.decode(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
         return seeded_gemm(x, w.t(), bias, term), s
-    y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+    if isinstance(weight, Weight4bit):
+        y = base.vendor_forward(x, weight, bias)
+    else:
+        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     expand_add(y, term)
     return y, s
 
@@ -99,10 +104,11 @@ def _dx(dy: torch.Tensor, weight: torch.Tensor | Weight4bit, terms: list[LowRank
     """dy W + terms: the first comes with the GEMM, the others in passes of their own."""
     if isinstance(weight, Weight4bit) and base.fused(dy, weight):
         dx, rest = base.fused_backward(dy, weight, terms[0]), terms[1:]
-    else:
+    elif _seeded(dy, target(dy.device)):
         w = base.decode(weight, dy.dtype) if isinstance(weight, Weight4bit) else weight
-        seeded = _seeded(dy, target(dy.device))
-        dx, rest = (seeded_gemm(dy, w, None, terms[0]), terms[1:]) if seeded else (dy @ w, terms)
+        dx, rest = seeded_gemm(dy, w, None, terms[0]), terms[1:]
+    else:
+        dx, rest = base.vendor_backward(dy, weight) if isinstance(weight, Weight4bit) else dy @ weight, terms
     for term in rest:
         expand_add(dx, term)
     return dx

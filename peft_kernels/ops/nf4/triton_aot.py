@@ -23,8 +23,12 @@ def meta_weight(n: int, k: int, *, nested: bool = True, quant_type: str = "nf4",
 
 
 def cases() -> Iterator[Case]:
-    """Both directions, with and without double quantization."""
+    """Both directions, with and without double quantization, whole and a window of columns."""
     yield Case("quantize bf16", 0, lambda: quantize(torch.empty(4096 * 4096, dtype=torch.bfloat16), 64, "nf4"))
     yield Case("dequantize bf16 nested", 0, lambda: dequantize(meta_weight(4096, 4096), torch.bfloat16))
     yield Case("dequantize bf16", 0, lambda: dequantize(meta_weight(4096, 4096, nested=False), torch.bfloat16))
     yield Case("dequantize fp32 nested", 0, lambda: dequantize(meta_weight(4096, 4096), torch.float32))
+    columns = slice(0, 2048)
+    yield Case(
+        "dequantize bf16 columns", 0, lambda: dequantize(meta_weight(4096, 4096), torch.bfloat16, columns=columns)
+    )

@@ -10,15 +10,16 @@ import triton
 import triton.language as tl
 
 from ...triton_common import why_not_tensors
-from ...triton_common.decode import block_scale
-from ...triton_common.launch import launch
+from ...triton_common.decode import CODE_KINDS, block_scale, decode_words
+from ...triton_common.launch import cdiv, launch, target
 from .reference import code_book
 
 if TYPE_CHECKING:
     from ...weight4bit import Weight4bit
 
-# One thread decodes four bytes: eight 16-bit weights make one 16-byte store, and a warp's loads are one 128-byte line.
-_BYTES_PER_THREAD, _WARPS = 4, 4
+# A thread decodes four words of eight codes, one after the other: eight 16-bit weights make one 16-byte store, and a
+# warp's loads are one 128-byte line.
+_WORDS_PER_THREAD, _WARPS = 4, 4
 
 
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -36,14 +37,14 @@ def _decision_tables(quant_type: str, device: torch.device) -> tuple[torch.Tenso
 def quantize(flat: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat (n,) -> packed (ceil(n / 2),) uint8, absmax (ceil(n / blocksize),) float32."""
     n = flat.numel()
-    blocks = triton.cdiv(n, blocksize)
+    blocks = cdiv(n, blocksize)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
     midpoints, order = _decision_tables(quant_type, flat.device)
     per_program = max(2048 // blocksize, 1)
     launch(
         _nf4_quantize_kernel,
-        (triton.cdiv(blocks, per_program),),
+        (cdiv(blocks, per_program),),
         flat.device,
         x_ptr=flat,
         midpoints_ptr=midpoints,
@@ -58,18 +59,38 @@ def quantize(flat: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch
     return packed, absmax
 
 
-def dequantize(weight: Weight4bit, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """W (N, K) of dtype, into `out` (a contiguous tensor of N * K elements) where given."""
+def dequantize(
+    weight: Weight4bit,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> torch.Tensor:
+    """W (N, K) or a window of it, into `out` (a contiguous tensor of the result's shape) where given.
+
+    rows: any; columns: whole blocks, and all of them where blocks straddle rows.
+    """
     n, k = weight.shape
-    out = torch.empty((n, k), dtype=dtype, device=weight.packed.device) if out is None else out
-    per_program = max(_BYTES_PER_THREAD * 32 * _WARPS * 2 // weight.blocksize, 1)
+    n0, n1, _ = rows.indices(n)
+    k0, k1, _ = columns.indices(k)
+    out = torch.empty((n1 - n0, k1 - k0), dtype=dtype, device=weight.packed.device) if out is None else out
+    numel = (n1 - n0) * (k1 - k0)
+    blocks, words = cdiv(numel, weight.blocksize), weight.blocksize // 8
+    per_program = max(_WORDS_PER_THREAD * 32 * _WARPS // words, 1)
     launch(
         _nf4_dequantize_kernel,
-        (triton.cdiv(weight.blocks, per_program),),
+        (cdiv(blocks, per_program),),
         out.device,
         **statistics(weight),
         out_ptr=out,
-        numel=n * k,
+        numel=numel,
+        first_block=(n0 * k + k0) // weight.blocksize,
+        window_blocks=(k1 - k0) // weight.blocksize,
+        row_blocks=k // weight.blocksize,
+        CODE=CODE_KINDS.index((weight.quant_type, torch.float32)),  # the result is exact
+        PERMUTE=target(out.device).kind == "cuda",
+        WINDOW=k1 - k0 != k,
+        WORDS=numel % 8 == 0 and weight.packed.data_ptr() % 4 == 0,
         BLOCKS=per_program,
         num_warps=_WARPS,
         enable_fp_fusion=False,
@@ -122,22 +143,33 @@ def _nf4_quantize_kernel(
 
 @triton.jit
 def _nf4_dequantize_kernel(
-    packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, out_ptr, numel,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr,
+    packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, out_ptr,
+    numel, first_block, window_blocks, row_blocks,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    CODE: tl.constexpr, WINDOW: tl.constexpr, WORDS: tl.constexpr, PERMUTE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    BYTES: tl.constexpr = BLOCKSIZE // 2
+    """out (numel,) = the blocks from first_block on; WINDOW: window_blocks of every row_blocks."""
     first = tl.program_id(0).to(tl.int64) * BLOCKS
-    block = tl.arange(0, BLOCKS)
     left = numel - first * BLOCKSIZE  # elements from here on
-    scale = block_scale(
-        first + block, block * BLOCKSIZE < left, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr,
-        NESTED, NESTED_BLOCKSIZE,
-    )  # fmt: skip
-    byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-    packed = tl.load(packed_ptr + first * BYTES + byte, mask=byte * 2 < left, other=0).to(tl.int32)
-    # 64 bytes of codes: every lookup of a warp falls into one line of L1, and float32 codes keep the result exact
-    high = tl.load(code_ptr + (packed >> 4)) * scale[:, None]
-    low = tl.load(code_ptr + (packed & 0xF)) * scale[:, None]
-    values = tl.join(high, low).reshape(BLOCKS, BLOCKSIZE)
-    element = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
-    tl.store(out_ptr + first * BLOCKSIZE + element, values.to(out_ptr.dtype.element_ty), mask=element < left)
+    local = tl.arange(0, BLOCKS)
+    if WINDOW:
+        source = first_block + (first + local) // window_blocks * row_blocks + (first + local) % window_blocks
+    else:
+        source = first_block + first + local
+    inside = local * BLOCKSIZE < left
+    scale = block_scale(source, inside, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE)
+    element = local[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    if WORDS:
+        COUNT: tl.constexpr = BLOCKSIZE // 8
+        index = tl.arange(0, COUNT)[None, :]
+        words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + source[:, None] * COUNT + index
+        words = tl.load(words_ptr, mask=local[:, None] * BLOCKSIZE + index * 8 < left, other=0)
+        values = decode_words(words, scale, code_ptr, CODE, PERMUTE=PERMUTE).reshape(BLOCKS, BLOCKSIZE)
+    else:
+        byte = local[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+        packed_ptr += source[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+        packed = tl.load(packed_ptr, mask=byte * 2 < left, other=0).to(tl.int32)
+        values = tl.join(tl.load(code_ptr + (packed >> 4)), tl.load(code_ptr + (packed & 0xF)))
+        values = values.reshape(BLOCKS, BLOCKSIZE)
+    values = (values * scale[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + first * BLOCKSIZE + element, values, mask=element < left)

@@ -1,0 +1,186 @@
+"""Predicted times of the 4-bit kernels on GPUs: bytes, tensor-core work and instructions at published rates.
+
+A prediction chooses tiles and cross-overs where no GPU is at hand; a measurement overrules it. `python -m bench model`
+prints both. Instructions per weight come from the ahead-of-time table, bench/results/aot.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .environment import RESULTS
+from .shapes import RANK, SETS
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU at its published rates: bytes/s, dense bf16 FLOP/s, bytes of L2, and what a multiprocessor issues.
+
+    lanes: threads that a multiprocessor can issue an instruction for in each clock.
+    """
+
+    name: str
+    target: str
+    multiprocessors: int
+    hertz: float
+    bandwidth: float
+    flops: float
+    l2: float
+    lanes: int = 128
+
+    @property
+    def issue(self) -> float:
+        """Thread-instructions a second."""
+        return self.multiprocessors * self.lanes * self.hertz
+
+
+# Vendors' data sheets. The clock is the one at which the sheet's tensor rate holds.
+DEVICES = (
+    Device("H100 SXM", "sm_90", 132, 1.83e9, 3.35e12, 989.4e12, 50e6),
+    Device("H100 PCIe", "sm_90", 114, 1.62e9, 2.04e12, 756e12, 50e6),
+    Device("A100 SXM", "sm_80", 108, 1.41e9, 2.04e12, 312e12, 40e6),
+    Device("B200", "sm_100", 148, 1.85e9, 8.0e12, 2250e12, 126e6),
+    Device("MI300X", "gfx942", 304, 2.1e9, 5.3e12, 1307e12, 256e6),
+)
+
+# What real kernels reach of the published rates. The first two reproduce what is known of decode + cuBLAS on H100
+# (the decode costs 14 % of the GEMM at M = 2048); the third is a guess that the first visit has to correct.
+COPY, GEMM, ISSUE = 0.9, 0.7, 0.7
+LAUNCH = 2e-6  # seconds that each further kernel of a call adds on the device
+NESTED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a 4-bit weight with double quantization
+HALF = 2  # bytes of a bf16 value
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds, and what they are made of."""
+
+    memory: float
+    tensor: float
+    issue: float
+    launches: int
+
+    @property
+    def seconds(self) -> float:
+        """A warp that decodes does not feed the tensor cores, so those two add up; memory runs beside them."""
+        return max(self.memory, self.tensor + self.issue) + self.launches * LAUNCH
+
+
+def fused(
+    device: Device, m: int, n: int, k: int, sass_per_weight: float, *, block_m: int, splits: int = 1, rank: int = 0
+) -> Prediction:
+    """The kernel that decodes W (N, K) in registers, for m rows in tiles of block_m; with LoRA, its shrink before."""
+    tiles = math.ceil(m / block_m)
+    nbytes = NESTED_BYTES * n * k + HALF * m * (k + n) + (rank > 0) * HALF * (rank * (k + n) + m * k)
+    nbytes += (splits > 1) * 8 * splits * m * n  # float32 planes, written and read
+    return Prediction(
+        nbytes / (device.bandwidth * COPY),
+        2 * tiles * block_m * n * k / (device.flops * GEMM),
+        tiles * n * k * sass_per_weight / (device.issue * ISSUE),
+        (splits > 1) + 2 * (rank > 0),
+    )
+
+
+def decode(device: Device, n: int, k: int) -> Prediction:
+    """One decode of W into a scratch: its traffic hides its instructions."""
+    return Prediction((NESTED_BYTES + HALF) * n * k / (device.bandwidth * COPY), 0, 0, 1)
+
+
+def gemm(device: Device, m: int, n: int, k: int) -> Prediction:
+    """The vendor's dense GEMM."""
+    nbytes = HALF * (n * k + m * (n + k))
+    return Prediction(nbytes / (device.bandwidth * COPY), 2 * m * n * k / (device.flops * GEMM), 0, 1)
+
+
+def decode_and_gemm(device: Device, m: int, n: int, k: int) -> float:
+    """Seconds of decode to scratch, then the vendor's GEMM."""
+    return decode(device, n, k).seconds + gemm(device, m, n, k).seconds
+
+
+def panels(device: Device, m: int, n: int, k: int, rows: int) -> float:
+    """Seconds of the same, `rows` rows of W at a time: no traffic of a panel in L2, but part-filled waves of tiles."""
+    tiles = math.ceil(m / 128) * math.ceil(min(rows, n) / 256)
+    filled = tiles / (math.ceil(tiles / device.multiprocessors) * device.multiprocessors)
+    whole = math.ceil(m / 128) * math.ceil(n / 256)
+    filled /= whole / (math.ceil(whole / device.multiprocessors) * device.multiprocessors)
+    in_l2 = HALF * rows * k < 0.6 * device.l2
+    per_weight = NESTED_BYTES + (0 if in_l2 else HALF)
+    traffic = per_weight * n * k / (device.bandwidth * COPY)
+    return traffic + gemm(device, m, n, k).tensor / filled + 2 * math.ceil(n / rows) * LAUNCH
+
+
+def training_step(device: Device, m: int, n: int, k: int) -> tuple[float, float]:
+    """Seconds of a QLoRA layer's forward + backward, and of its two dense GEMMs, for many rows.
+
+    The adapters' part: x and dY are read once each for shrink, T and dB, x again for dA; y and dX are read and written
+    once more for the expand.
+    """
+    adapters = HALF * m * (2 * k + n + 2 * (n + k)) / (device.bandwidth * COPY) + 8 * LAUNCH
+    dense = gemm(device, m, n, k).seconds + gemm(device, m, k, n).seconds
+    return decode_and_gemm(device, m, n, k) + decode_and_gemm(device, m, k, n) + adapters, dense
+
+
+def sass_table(path: Path = RESULTS / "aot.json") -> dict[tuple[str, str], float]:
+    """(target, launch) -> instructions per weight, from the ahead-of-time table; empty where there is none."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {(row["target"], row["launch"]): row["sass_per_weight"] for row in rows if row["sass_per_weight"]}
+
+
+def measured(device: Device, m: int, n: int, k: int, results: Path = RESULTS) -> float | None:
+    """The median of our forward on this device at this shape, from the committed results, or None."""
+    for path in results.glob("*/linear_4bit.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not all(word in str(record["device"].get("gpu", "")) for word in device.name.split()[:1]):
+            continue
+        for case in record["cases"]:
+            if [case["shape"].get(name) for name in "MNK"] == [m, n, k]:
+                return next((r["seconds"]["p50"] for r in case["rows"] if r["contender"] == "ours"), None)
+    return None
+
+
+# Rows of x, and the launch of the ahead-of-time table whose tile serves them.
+_LAUNCH_ROWS = {1: 1, 16: 1, 32: 32, 64: 64, 128: 256, 256: 256, 512: 256, 2048: None, 8192: None}
+
+
+def rows(device: Device, n: int, k: int, sass: dict[tuple[str, str], float]) -> Iterator[tuple[int, float, float]]:
+    """(m, seconds fused or nan where there is no figure, seconds of decode + GEMM) for each number of rows."""
+    for m, compiled in _LAUNCH_ROWS.items():
+        launch = f"linear_4bit forward M={compiled} bf16 nested _linear_4bit_fwd_kernel"
+        per_weight = sass.get((device.target, launch))
+        block_m = 16 if m <= 16 else 32 if m <= 32 else 128 if m > 64 and device.target == "sm_90" else 64
+        seconds = math.nan
+        if per_weight is not None:
+            # the nested layer as it is served: the adapters' shrink and the sum of the planes included
+            seconds = fused(device, m, n, k, per_weight, block_m=block_m, splits=2 if m <= 32 else 1).seconds
+        yield m, seconds, decode_and_gemm(device, m, n, k)
+
+
+def main() -> None:
+    """Print the predictions, and the measurements where there are any."""
+    sass, (n, k) = sass_table(), SETS["llama-3.1-8b"]["gate, up"]
+    table = Table(title=f"predicted microseconds, NF4 {n}x{k}, bf16; measured where a visit left results")
+    for column in ("device", "M", "fused", "of copy bandwidth", "decode + GEMM", "measured"):
+        table.add_column(column, justify="right")
+    for device in DEVICES:
+        floor = NESTED_BYTES * n * k / (device.bandwidth * COPY)
+        for m, seconds, vendor in rows(device, n, k, sass):
+            real = measured(device, m, n, k)
+            share = f"{floor / seconds:.0%}" if m <= 16 and not math.isnan(seconds) else ""
+            shown = "-" if math.isnan(seconds) else f"{seconds * 1e6:.1f}"
+            cells = (shown, share, f"{vendor * 1e6:.1f}", "-" if real is None else f"{real * 1e6:.1f}")
+            table.add_row(device.name, str(m), *cells)
+    Console().print(table)
+    if not sass:
+        print("No ahead-of-time table: `python -m bench aot` makes it, and the fused kernels' column with it.")
+    for device in DEVICES:
+        step, dense = training_step(device, 8192, n, k)
+        print(f"{device.name}: QLoRA layer r={RANK}, M=8192, forward + backward {step / dense:.2f} x its dense GEMMs")

@@ -1,0 +1,78 @@
+"""The cost model: its units, that more work takes longer, and the published facts that it must reproduce."""
+
+import json
+import math
+
+import pytest
+
+from bench import model
+
+N, K = 14336, 4096
+H100 = model.DEVICES[0]
+
+
+@pytest.mark.parametrize("device", model.DEVICES, ids=lambda device: device.name)
+def test_rates_agree(device):
+    """The clock belongs to the tensor rate: FLOP per clock and multiprocessor is a power of two."""
+    per_clock = device.flops / device.multiprocessors / device.hertz
+    assert math.log2(per_clock) == pytest.approx(round(math.log2(per_clock)), abs=0.02)
+
+
+def test_units():
+    """A gigabyte at a terabyte per second is a millisecond, and so on."""
+    unit = model.Device("unit", "sm_90", 1, 1e9, 1e12 / model.COPY, 1e12 / model.GEMM, 0, lanes=1000)
+    weights = 10**9
+    assert model.decode(unit, 1, weights).memory == pytest.approx((model.NESTED_BYTES + 2) * 1e-3)
+    assert model.gemm(unit, 5, 1, weights).tensor == pytest.approx(1e-2)
+    assert model.fused(unit, 1, 1, weights, 7.0, block_m=1).issue * model.ISSUE == pytest.approx(7e-3)
+
+
+@pytest.mark.parametrize("device", model.DEVICES, ids=lambda device: device.name)
+def test_more_work_takes_longer(device):
+    times = [model.fused(device, m, N, K, 6.0, block_m=64).seconds for m in (1, 64, 65, 512, 4096)]
+    assert times == sorted(times) and times[0] < times[-1]
+    assert model.fused(device, 64, N, K, 9.0, block_m=64).issue > model.fused(device, 64, N, K, 6.0, block_m=64).issue
+    plain, lora = (model.fused(device, 1, N, K, 6.0, block_m=16, rank=r).seconds for r in (0, 16))
+    assert plain < lora
+    dense = [model.decode_and_gemm(device, m, N, K) for m in (1, 512, 2048, 8192)]
+    assert dense == sorted(dense)
+
+
+@pytest.mark.parametrize("m, share", [(2048, 0.14), (8192, 0.036)])
+def test_decode_beside_gemm_on_h100(m, share):
+    """What is known of decode to scratch + cuBLAS."""
+    ratio = model.decode(H100, N, K).memory / model.gemm(H100, m, N, K).tensor
+    assert ratio == pytest.approx(share, rel=0.05)
+
+
+def test_cross_over_on_h100():
+    """Decode in registers wins for few rows, decode to scratch from about 512 on."""
+    for m, wins in ((16, True), (128, True), (256, True), (1024, False), (8192, False)):
+        assert (model.fused(H100, m, N, K, 6.8, block_m=128).seconds < model.decode_and_gemm(H100, m, N, K)) == wins
+
+
+def test_panels_of_l2_size():
+    """They lose at M = 8192 on H100 in part-filled waves, and equal the whole decode when they are the whole weight."""
+    whole = model.decode_and_gemm(H100, 8192, N, K)
+    assert model.panels(H100, 8192, N, K, 1792) > whole
+    assert model.panels(H100, 8192, N, K, N) == pytest.approx(whole, rel=0.01)
+
+
+def test_tables(tmp_path, capsys):
+    table = tmp_path / "aot.json"
+    launch = "linear_4bit forward M=1 bf16 nested _linear_4bit_fwd_kernel"
+    row = {"target": "sm_90", "launch": launch, "sass_per_weight": 5.1}
+    table.write_text(json.dumps({"rows": [row, {**row, "target": "gfx942", "sass_per_weight": None}]}))
+    sass = model.sass_table(table)
+    assert sass == {("sm_90", launch): 5.1}
+    assert model.sass_table(tmp_path / "none") == {}
+    by_rows = {m: seconds for m, seconds, _ in model.rows(H100, N, K, sass)}
+    assert by_rows[1] == pytest.approx(by_rows[16]) and math.isnan(by_rows[64])
+    record = {"device": {"gpu": "NVIDIA H100 80GB HBM3"}, "cases": [{"shape": {"M": 1, "N": N, "K": K}, "rows": []}]}
+    record["cases"][0]["rows"].append({"contender": "ours", "seconds": {"p50": 1e-5}})
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "linear_4bit.json").write_text(json.dumps(record))
+    assert model.measured(H100, 1, N, K, tmp_path) == 1e-5
+    assert model.measured(model.DEVICES[2], 1, N, K, tmp_path) is None
+    model.main()
+    assert "H100 SXM" in capsys.readouterr().out
