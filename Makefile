@@ -2,6 +2,7 @@
 #
 # PYTHON  the Python to make .venv from (3.10 or later)
 # PYTEST  more arguments for pytest, for example PYTEST="-k lora -x"
+# OUT, MINUTES  of `make gpu-check`
 
 PYTHON ?= python3
 PYTEST ?=
@@ -11,7 +12,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 export PEFT_KERNELS_BUILD ?= cpu
 
-.PHONY: demo test lint bench build sanitize clean
+.PHONY: demo test lint bench gpu-check build sanitize clean
 
 demo: build
 	$(PY) -m bench.demo
@@ -27,6 +28,12 @@ lint: .venv/installed
 
 bench: build
 	$(PY) -m bench run
+
+# One visit to a machine with a GPU, on its own Python: results in OUT, at most MINUTES.
+OUT ?= build/gpu-check
+MINUTES ?= 9
+gpu-check:
+	bench/gpu_check.sh $(OUT) $(MINUTES)
 
 build: .venv/built
 

@@ -23,10 +23,12 @@ from .shapes import RANK, SETS
 class Device:
     """A GPU at its published rates: bytes/s, dense bf16 FLOP/s, bytes of L2, and what a multiprocessor issues.
 
-    lanes: threads that a multiprocessor can issue an instruction for in each clock.
+    card: how the driver names it, in part. lanes: threads that a multiprocessor can issue an instruction for in each
+    clock.
     """
 
     name: str
+    card: str
     target: str
     multiprocessors: int
     hertz: float
@@ -43,11 +45,11 @@ class Device:
 
 # Vendors' data sheets. The clock is the one at which the sheet's tensor rate holds.
 DEVICES = (
-    Device("H100 SXM", "sm_90", 132, 1.83e9, 3.35e12, 989.4e12, 50e6),
-    Device("H100 PCIe", "sm_90", 114, 1.62e9, 2.04e12, 756e12, 50e6),
-    Device("A100 SXM", "sm_80", 108, 1.41e9, 2.04e12, 312e12, 40e6),
-    Device("B200", "sm_100", 148, 1.85e9, 8.0e12, 2250e12, 126e6),
-    Device("MI300X", "gfx942", 304, 2.1e9, 5.3e12, 1307e12, 256e6),
+    Device("H100 SXM", "H100 80GB HBM3", "sm_90", 132, 1.83e9, 3.35e12, 989.4e12, 50e6),
+    Device("H100 PCIe", "H100 PCIe", "sm_90", 114, 1.62e9, 2.04e12, 756e12, 50e6),
+    Device("A100 SXM", "A100-SXM", "sm_80", 108, 1.41e9, 2.04e12, 312e12, 40e6),
+    Device("B200", "B200", "sm_100", 148, 1.85e9, 8.0e12, 2250e12, 126e6),
+    Device("MI300X", "MI300X", "gfx942", 304, 2.1e9, 5.3e12, 1307e12, 256e6),
 )
 
 # What real kernels reach of the published rates. The first two reproduce what is known of decode + cuBLAS on H100
@@ -139,7 +141,7 @@ def measured(device: Device, m: int, n: int, k: int, results: Path = RESULTS) ->
     """The median of our forward on this device at this shape, from the committed results, or None."""
     for path in results.glob("*/linear_4bit.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not all(word in str(record["device"].get("gpu", "")) for word in device.name.split()[:1]):
+        if device.card not in record["device"].get("gpu", ""):
             continue
         for case in record["cases"]:
             if [case["shape"].get(name) for name in "MNK"] == [m, n, k]:

@@ -84,7 +84,26 @@ def markdown_table(table: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+SUMMARY = ["case", "ours", "peers and floors: time / ours", "peak memory", "goals"]
+
+
+def summary(result: dict[str, Any]) -> list[list[str]]:
+    """The header and one row for each case: our time, every other contender's over it, and the goals."""
+    rows = []
+    for case in result["cases"]:
+        ours = next((row for row in case["rows"] if row["kind"] == "ours"), case["rows"][0])
+        others = [row for row in case["rows"] if row is not ours]
+        ratios = [f"{row['contender']} {row['time_over_ours']['p50']:.2f}" for row in others if "time_over_ours" in row]
+        ratios += [f"{row['contender']}: check failed" for row in case["rows"] if row["check"] == "failed"]
+        peaks = [(row["contender"], row.get("peak_memory_bytes")) for row in (ours, *others) if row["kind"] != "floor"]
+        memory = [f"{contender} {size(peak)}" for contender, peak in peaks if peak]
+        time = duration(ours["seconds"]["p50"]) if "seconds" in ours else "-"
+        goals = [goal_text(goal) for goal in case["goals"]]
+        rows.append([case["case"], time, "; ".join(ratios), "; ".join(memory), "; ".join(goals)])
+    return [SUMMARY, *rows]
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table for the README, under its facts."""
-    parts = (facts(result), markdown_table(table(result)), absent(result))
+    parts = (facts(result), markdown_table(summary(result)), absent(result))
     return "\n\n".join(part for part in parts if part)

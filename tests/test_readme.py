@@ -26,6 +26,9 @@ RUN_BY = {
     "python -m bench methods --model smollm2-135m --tasks 100": ("bench/test_methods.py", 'bench("methods"'),
     "python -m bench tune linear_4bit": ("bench/test_methods.py", 'bench("tune"'),
     "python -m bench aot": ("tests/test_aot.py", "gate.triton_rows"),
+    "python -m bench model": ("bench/test_model.py", "model.main"),
+    "make gpu-check": ("tests/test_readme.py", '"gpu-check"'),
+    "make test-adapters": ("Makefile", "$(MAKE) test-adapters"),
     "bench/gpu_check.sh OUT 9": ("bench/test_gpu_check.py", '"gpu_check.sh"'),
     "python -m bench readme": ("bench/test_reporting.py", "readme.updated"),
     "make clean": ("tests/test_readme.py", "def test_make_clean"),
@@ -60,7 +63,12 @@ def test_every_command_is_run_somewhere(command):
 
 
 def test_make_targets_run_what_is_tested():
-    for target, recipe in {"demo": "-m bench.demo", "bench": "-m bench run", "test": "-m pytest"}.items():
+    for target, recipe in {
+        "demo": "-m bench.demo",
+        "bench": "-m bench run",
+        "test": "-m pytest",
+        "gpu-check": "bench/gpu_check.sh",
+    }.items():
         assert recipe in dry_run(target)
 
 
