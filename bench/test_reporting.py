@@ -102,7 +102,7 @@ def test_readme_tables_follow_the_json(tmp_path):
     block = "<!-- figures: {}.json -->\n{}\n<!-- end figures -->\n"
     before = "a\n" + block.format("codec", "old") + "b\n" + block.format("absent", "kept")
     after = readme.updated(before, tmp_path)
-    assert "| bitsandbytes |" in after and "old" not in after and "kept" in after
+    assert "bitsandbytes " in after.split("goals")[1] and "old" not in after and "kept" in after
     assert readme.updated(after, tmp_path) == after
 
 
