@@ -25,21 +25,24 @@ class Case:
     n: int = 0  # K
     dtype: torch.dtype = FP32
     parameters: torch.dtype | None = None  # x's
-    activation: str = "relu"
+    others: torch.dtype | None = None  # of layer norm, residual and gate: the parameters'
+    activation: str = "silu"  # smooth: where a tiny Z takes the other sign, a jump in act' is no rounding error
     scaling: str = "constant"  # learned, channel, gate, all
     residual: str = "x"  # none, other
     norm: bool = True
     bias: bool = True
     dropout_p: float = 0.0
     mean: float = 0.0
+    seed: int = 0
 
     def __post_init__(self):
-        torch.manual_seed(self.m * self.k + self.r)
+        torch.manual_seed(self.m * self.k + self.r + self.seed)
         k, r, n = self.k, self.r, self.n or self.k
         parameters = self.parameters or self.dtype
         batch = (self.m // 3, 3) if self.m % 3 == 0 and self.m else (1, self.m)
         x = torch.randn(*batch, k) * (1 + 0.5 * torch.rand(k)) + self.mean
-        self.dy = torch.randn(*batch, n).to(self.dtype)
+        stream = self.others if self.others and self.residual == "other" else self.dtype
+        self.dy = torch.randn(*batch, n).to(stream)
         leaves = {
             "x": x.to(self.dtype),
             "down_weight": (torch.randn(r, k) / k**0.5).to(parameters),
@@ -57,6 +60,9 @@ class Case:
         for name in factors:
             if self.scaling in (name, "all"):
                 leaves[name] = factors[name].to(parameters)
+        for name in ("ln_weight", "ln_bias", "residual", "gate"):
+            if self.others and name in leaves:
+                leaves[name] = leaves[name].to(self.others)
         self.leaves = leaves
 
     def call(self, function, leaves):
@@ -79,14 +85,18 @@ class Case:
         return {"y": y.detach(), **{f"d {name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
     def check(self, function=pk.functional.bottleneck_adapter):
-        """Everything within the error budget."""
-        ours = self.run(function)
-        truth = self.run(pk.reference.bottleneck_adapter, lambda t: t.double())
-        eager = self.run(pk.reference.bottleneck_adapter)
-        for name, value in ours.items():
-            assert_within_budget(value, truth[name], eager[name], name)
+        """Everything within the error budget, over several draws: the error of a lone scalar is luck."""
+        draws = [dataclasses.replace(self, seed=seed) for seed in range(max(3, min(20, 200 // self.m)))]
+        ours, eager, truth = [], [], []
+        for case in draws:
+            ours.append(case.run(function))
+            eager.append(case.run(pk.reference.bottleneck_adapter))
+            truth.append(case.run(pk.reference.bottleneck_adapter, lambda t: t.double()))
+        for name in ours[0]:
+            value, exact, theirs = (torch.stack([draw[name] for draw in draws]) for draws in (ours, truth, eager))
+            assert_within_budget(value, exact, theirs, name)
             assert value.abs().max() > 0, name
-        return ours
+        return ours[0]
 
 
 SHAPES = {
@@ -97,7 +107,7 @@ SHAPES = {
     "inner-above-a-tile": Case(66, 96, 100, scaling="channel"),
     "inner-256": Case(20, 320, 256, residual="none"),
     "inner-600": Case(15, 70, 600),
-    "many-rows": Case(300, 128, 16, scaling="learned"),
+    "many-rows": Case(300, 128, 16, scaling="channel"),
     "bert-base": Case(64, 768, 48),
     "parallel": Case(33, 192, 96, residual="none", norm=False),
 }
@@ -119,6 +129,7 @@ OPTIONS = {
     "nothing": Case(12, 64, 8, norm=False, bias=False, residual="none"),
     "norm-without-biases": Case(12, 64, 8, bias=False),
     "norm-of-shifted-rows": Case(12, 256, 24, mean=20.0),
+    "learned": Case(12, 64, 8, scaling="learned"),
     "gate": Case(12, 64, 8, scaling="gate", norm=False),
     "gate-without-bias": Case(12, 64, 8, scaling="gate", bias=False),
     "all-factors": Case(12, 64, 20, 70, scaling="all", residual="other"),
@@ -186,11 +197,7 @@ def test_gradcheck():
 
 def test_other_mixtures_of_dtypes(backend):
     """Layer norm in float32 under a bfloat16 adapter; a float32 residual stream."""
-    case = Case(12, 64, 8, dtype=BF16, residual="other", scaling="gate")
-    case.leaves["ln_weight"] = case.leaves["ln_weight"].float()
-    case.leaves["residual"] = case.leaves["residual"].float()
-    case.leaves["gate"] = case.leaves["gate"].float()
-    case.dy = case.dy.float()
+    case = Case(12, 64, 8, dtype=BF16, others=FP32, residual="other", scaling="gate")
     assert case.check()["y"].dtype == torch.float32
 
 
