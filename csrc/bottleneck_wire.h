@@ -49,9 +49,9 @@ inline void wire_bottleneck_backward(const WireAdapter& adapter, const WireMatri
                                      const std::array<std::uintptr_t, 9>& gradients) {
   const auto vector = [&](int i) { return Wire<float*>::unwrap(gradients[i]); };
   const auto any = [&](int i) { return Wire<void*>::unwrap(gradients[i]); };
-  bottleneck_backward(unwrap_adapter(adapter), unwrap_matrix(x), M, unwrap_matrix(dy), unwrap_matrix(z), stats,
-                      {any(0), dx_dtype, any(1), any(3), vector(2), vector(4), vector(5), vector(6), vector(7),
-                       vector(8)});
+  bottleneck_backward(
+      unwrap_adapter(adapter), unwrap_matrix(x), M, unwrap_matrix(dy), unwrap_matrix(z), stats,
+      {any(0), dx_dtype, any(1), any(3), vector(2), vector(4), vector(5), vector(6), vector(7), vector(8)});
 }
 
 }  // namespace peft_kernels

@@ -10,7 +10,19 @@ namespace peft_kernels {
 
 // In the order of ACTIVATIONS in ops/bottleneck_adapter/activations.py.
 enum class Activation {
-  Identity, Relu, Relu2, Relu6, LeakyRelu, Gelu, GeluTanh, QuickGelu, Silu, Mish, Tanh, Sigmoid, Count
+  Identity,
+  Relu,
+  Relu2,
+  Relu6,
+  LeakyRelu,
+  Gelu,
+  GeluTanh,
+  QuickGelu,
+  Silu,
+  Mish,
+  Tanh,
+  Sigmoid,
+  Count
 };
 
 namespace {
@@ -124,8 +136,9 @@ void pointwise_row(const float* __restrict z, int64_t n, float* __restrict value
 // value = act(z) and, unless it is null, slope = act'(z).
 inline void activate(Activation kind, const float* z, int64_t n, float* value, float* slope) {
   switch (kind) {
-#define PK_CASE(NAME) \
-  case Activation::NAME: return pointwise_row<Activation::NAME>(z, n, value, slope)
+#define PK_CASE(NAME)    \
+  case Activation::NAME: \
+    return pointwise_row<Activation::NAME>(z, n, value, slope)
     PK_CASE(Identity);
     PK_CASE(Relu);
     PK_CASE(Relu2);
@@ -139,7 +152,8 @@ inline void activate(Activation kind, const float* z, int64_t n, float* value, f
     PK_CASE(Tanh);
     PK_CASE(Sigmoid);
 #undef PK_CASE
-    case Activation::Count: return;
+    case Activation::Count:
+      return;
   }
 }
 

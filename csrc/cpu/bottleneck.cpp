@@ -171,7 +171,7 @@ void bottleneck_backward(const Adapter& adapter, const Matrix& x, int64_t M, con
       kernel.backward_rows(job, split.begin(item), split.begin(item + 1));
 #pragma omp for schedule(static)
     for (int64_t rank = 0; rank < (need_dz ? adapter.r : 0); ++rank) kernel.sum_dz(job, rank);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t item = 0; item < up_tiles + down_tiles; ++item) {
       if (item < up_tiles)
         kernel.up_gradient(job, item * kPanelLanes);

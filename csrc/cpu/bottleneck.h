@@ -10,12 +10,12 @@
 namespace peft_kernels {
 
 struct Adapter {
-  Matrix down, up;                     // [r, K], [N, r]
-  int64_t r, K, N;                     //
-  const float *down_bias, *up_bias;    // [r], [N], or null
-  const float *ln_weight, *ln_bias;    // [K], or null: no layer norm (no bias)
-  const float *channel, *gate;         // factors [N] and [M], or null
-  float scaling;                       // a further factor
+  Matrix down, up;                   // [r, K], [N, r]
+  int64_t r, K, N;                   //
+  const float *down_bias, *up_bias;  // [r], [N], or null
+  const float *ln_weight, *ln_bias;  // [K], or null: no layer norm (no bias)
+  const float *channel, *gate;       // factors [N] and [M], or null
+  float scaling;                     // a further factor
   Activation activation;
   Dropout dropout;
   bool add_x;  // the residual is x itself (N = K)
@@ -28,7 +28,7 @@ void bottleneck_forward(const Adapter& adapter, const Matrix& x, int64_t M, floa
 // Null where not wanted. Vectors are float32: [r], [N], [K], [K], [N], [M].
 struct AdapterGradients {
   void* dx;
-  DType dx_dtype;  // x's, also without dx
+  DType dx_dtype;                 // x's, also without dx
   void *down_weight, *up_weight;  // contiguous, of the weights' dtypes
   float *down_bias, *up_bias, *ln_weight, *ln_bias, *channel, *gate;
 };

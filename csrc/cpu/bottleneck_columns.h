@@ -58,9 +58,8 @@ void pack_forward(const BottleneckJob& job, int64_t item) {
   if (part.kind == PackItem::Reduce) {
     const int64_t W = min64(kPanelLanes, job.rank_lanes - part.lane), k = part.begin * U::kElements;
     return pack_lanes_from_rows<U>({adapter.down, nullptr, nullptr, adapter.ln_weight, {}}, part.lane,
-                                   min64(W, adapter.r - part.lane), k,
-                                   min64(kChunkUnits * U::kElements, adapter.K - k), W,
-                                   job.reduce + part.lane * units + part.begin * W);
+                                   min64(W, adapter.r - part.lane), k, min64(kChunkUnits * U::kElements, adapter.K - k),
+                                   W, job.reduce + part.lane * units + part.begin * W);
   }
   const int64_t n0 = part.begin, lanes = min64(kPanelLanes, adapter.N - n0);
   pack_lanes_from_rows<U>({adapter.up, nullptr, nullptr, nullptr, {}}, n0, lanes, 0, adapter.r, kPanelLanes,
@@ -88,8 +87,7 @@ void pack_backward(const BottleneckJob& job, int64_t item) {
   }
   const int64_t k0 = part.begin;
   pack_lanes_from_columns<U>({adapter.down, nullptr, nullptr, adapter.ln_weight, {}}, 0, adapter.r, k0,
-                             min64(kPanelLanes, adapter.K - k0), kPanelLanes,
-                             job.expand + k0 * units_of<U>(adapter.r));
+                             min64(kPanelLanes, adapter.K - k0), kPanelLanes, job.expand + k0 * units_of<U>(adapter.r));
 }
 
 template <class U>
@@ -101,25 +99,33 @@ void sum_dz(const BottleneckJob& job, int64_t rank) {
   if (job.gradients.down_bias) job.gradients.down_bias[rank] = job.dz_sum[rank];
 }
 
-// sums[r][64] = the r rows [M] of a_columns or dz_columns times columns [c0, c0 + lanes) of x or dy. One more row is for
-// the sum of the columns alone. Chains of additions are short, as eager's sums over rows err less than products do.
+// sums[r][64] = the r rows [M] of a_columns or dz_columns times columns [c0, c0 + lanes) of x or dy. One more row is
+// for the sum of the columns alone. Chains of additions are short, as eager's sums over rows err less than products do.
 template <class U>
 float* column_sums(const BottleneckJob& job, const Source& from, const uint32_t* rows, int64_t c0, int64_t lanes,
                    bool one_more) {
   constexpr int64_t kChain = U::kElements == 1 ? 64 : kChunkUnits, kSumChain = 32;
-  const int64_t r = job.adapter.r, ld = job.ld_columns;
+  const int64_t r = job.adapter.r, ld = job.ld_columns, units = units_of<U>(job.M);
   float* sums = (float*)bottleneck_scratch(2, size_t(r + 1 + kChunkUnits) * kPanelLanes * 4);
   uint32_t* panel = (uint32_t*)(sums + (r + 1) * kPanelLanes);
-  const int64_t units = units_of<U>(job.M);
   for (int64_t u = 0; u < units; u += kChunkUnits) {
-    const int64_t n = min64(kChunkUnits, units - u), m = u * U::kElements;
-    pack_lanes_from_columns<U>(from, m, min64(n * U::kElements, job.M - m), c0, lanes, kPanelLanes, panel);
-    const auto add = [&](int64_t row, int64_t count, int64_t chain) {
+    const int64_t n = min64(kChunkUnits, units - u), m = u * U::kElements, count = min64(n * U::kElements, job.M - m);
+    pack_lanes_from_columns<U>(from, m, count, c0, lanes, kPanelLanes, panel);
+    const auto add = [&](int64_t row, int64_t height, int64_t chain) {
       for (int64_t v = 0; v < n; v += chain)
-        multiply_rows<U>((const char*)(rows + row * ld + u + v), ld * 4, count, panel + v * kPanelLanes,
+        multiply_rows<U>((const char*)(rows + row * ld + u + v), ld * 4, height, panel + v * kPanelLanes,
                          min64(chain, n - v), kPanelLanes, sums + row * kPanelLanes, kPanelLanes, u + v > 0);
     };
-    add(0, r, kChain);
+    // Meanwhile what is packed next comes closer: the same columns further down, or the next ones from the top.
+    const bool down = u + n < units;
+    const int64_t next_row = down ? m + count : 0, next_column = down ? c0 : c0 + kPanelLanes;
+    const int64_t next_rows = min64(kChunkUnits * U::kElements, job.M - next_row);
+    for (int64_t j = 0; j < r; j += kTileRows) {
+      const int64_t begin = next_rows * j / r, height = min64(kTileRows, r - j);
+      prefetch_tile(from.matrix.data, from.matrix.dtype, from.matrix.ld, next_row + begin,
+                    next_rows * (j + height) / r - begin, next_column);
+      add(j, height, kChain);
+    }
     if (one_more) add(r, 1, kSumChain);
   }
   return sums;
@@ -130,6 +136,7 @@ void up_gradient(const BottleneckJob& job, int64_t n0) {
   const Adapter& adapter = job.adapter;
   const AdapterGradients& gradients = job.gradients;
   const int64_t r = adapter.r, lanes = min64(kPanelLanes, adapter.N - n0);
+  prefetch_tile(gradients.up_weight, adapter.up.dtype, r, n0, lanes, 0);
   float* sums = column_sums<U>(job, job.dy, job.a_columns, n0, lanes, gradients.up_bias || gradients.channel);
   const float factor = adapter.scaling * job.inverse_keep, *bias = sums + r * kPanelLanes;
   alignas(64) float dots[kPanelLanes] = {};
@@ -143,7 +150,8 @@ void up_gradient(const BottleneckJob& job, int64_t n0) {
         if (gradients.channel)
           dots[g + i] += vec_sum(v[i] * vec_load(adapter.up.data, adapter.up.dtype, n * adapter.up.ld + j, r - j));
         const float scale = factor * (adapter.channel ? adapter.channel[n] : 1.0f);
-        if (gradients.up_weight) vec_store(gradients.up_weight, adapter.up.dtype, n * r + j, v[i] * vec_set(scale), r - j);
+        if (gradients.up_weight)
+          vec_store(gradients.up_weight, adapter.up.dtype, n * r + j, v[i] * vec_set(scale), r - j);
       }
     }
   }
@@ -160,6 +168,7 @@ void down_gradient(const BottleneckJob& job, int64_t k0) {
   const Adapter& adapter = job.adapter;
   const AdapterGradients& gradients = job.gradients;
   const int64_t lanes = min64(kPanelLanes, adapter.K - k0);
+  prefetch_tile(gradients.down_weight, adapter.down.dtype, adapter.K, 0, adapter.r, k0);
   const float* sums = column_sums<U>(job, job.x, job.dz_columns, k0, lanes, false);
   for (int64_t g = 0; g < lanes; g += kVec) {
     const int64_t k = k0 + g, count = lanes - g;

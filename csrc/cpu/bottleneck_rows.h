@@ -12,8 +12,8 @@ constexpr int64_t kPackedLd = kChunkUnits + 16;  // a power of two would put the
 template <class U>
 struct RowBlock {
   int64_t m0, rows, lanes, ld_hidden;
-  uint32_t *packed, *hidden;  // [rows][kPackedLd], [rows][ld_hidden] units
-  float *sums, *value, *slope, *z;  // [rows][lanes], [lanes] each
+  uint32_t *packed, *hidden;             // [rows][kPackedLd], [rows][ld_hidden] units
+  float *sums, *value, *slope, *z;       // [rows][lanes], [lanes] each
   float c1[kBlockRows], c2[kBlockRows];  // of the layer norm's backward pass
 
   RowBlock(const BottleneckJob& job, int64_t from, int64_t to) : m0(from), rows(to - from), lanes(job.rank_lanes) {
@@ -48,19 +48,29 @@ void reduce(const BottleneckJob& job, const Source& from, int64_t length, RowBlo
   }
 }
 
-// The block's hidden times job.expand, a tile of sums at a time, each handed to finish(sums, row, count, column).
+// The block's hidden times job.expand, tile by tile: begin(row, rows, column) before a product; then, for a whole tile
+// that `direct` says finish can take from registers, finish.whole(registers, row, column), else
+// finish.part(sums, row, rows, column).
 template <class U, class Finish>
-void expand(const BottleneckJob& job, int64_t width, const RowBlock<U>& block, Finish finish) {
+void expand(const BottleneckJob& job, int64_t width, const RowBlock<U>& block, bool direct, const Finish& finish) {
   const int64_t units = units_of<U>(job.adapter.r);
   alignas(64) float sums[kTileRows * kPanelLanes];
-  for (int64_t n = 0; n < width; n += kPanelLanes) {
-    const uint32_t* panel = job.expand + n * units;
-    for (int64_t i = 0; i < block.rows; i += kTileRows) {
-      const int64_t count = min64(kTileRows, block.rows - i);
+  direct = direct && kVecRegisters == 32 && units <= kChunkUnits;
+  for (int64_t i = 0; i < block.rows; i += kTileRows) {
+    const int64_t count = min64(kTileRows, block.rows - i);
+    const char* hidden = (const char*)(block.hidden + i * block.ld_hidden);
+    for (int64_t n = 0; n < width; n += kPanelLanes) {
+      const uint32_t* panel = job.expand + n * units;
+      finish.begin(i, count, n);
+      if (direct && count == kTileRows && n + kPanelLanes <= width) {
+        multiply_tile<U, kTileRows, 4, kPanelLanes>(hidden, block.ld_hidden * 4, panel, units,
+                                                    [&](Vec(&acc)[kTileRows][4]) { finish.whole(acc, i, n); });
+        continue;
+      }
       for (int64_t u = 0; u < units; u += kChunkUnits)
-        multiply_rows<U>((const char*)(block.hidden + i * block.ld_hidden + u), block.ld_hidden * 4, count,
-                         panel + u * kPanelLanes, min64(kChunkUnits, units - u), kPanelLanes, sums, kPanelLanes, u > 0);
-      finish(sums, i, count, n);
+        multiply_rows<U>(hidden + u * 4, block.ld_hidden * 4, count, panel + u * kPanelLanes,
+                         min64(kChunkUnits, units - u), kPanelLanes, sums, kPanelLanes, u > 0);
+      finish.part(sums, i, count, n);
     }
   }
 }
@@ -86,23 +96,64 @@ inline void row_statistics(const BottleneckJob& job, int64_t m) {
   job.stats[job.M + m] = 1.0f / __builtin_sqrtf(vec_sum(sum) / float(K) + job.ln_eps);
 }
 
-// y = residual + mask * gate * (s c (sum + bu)), for a tile of sums.
-inline void finish_forward(const BottleneckJob& job, const float* sums, int64_t m, int64_t rows, int64_t n0) {
-  const Adapter& adapter = job.adapter;
-  const Matrix& added = adapter.add_x ? job.x.matrix : job.residual;
-  alignas(64) float mask[kPanelLanes];
-  for (int64_t i = 0; i < rows; ++i, ++m, sums += kPanelLanes) {
-    if (adapter.dropout.active()) dropout_scale_row(adapter.dropout.seed, m, n0, kPanelLanes, adapter.dropout.p, mask);
-    for (int64_t g = 0; g < kPanelLanes && n0 + g < adapter.N; g += kVec) {
-      const int64_t n = n0 + g, count = adapter.N - n;
-      Vec v = multiply_add(vec_load(sums + g), vec_load(job.column_scale + n), vec_load(job.column_bias + n));
-      if (adapter.gate) v = v * vec_set(adapter.gate[m]);
-      if (adapter.dropout.active()) v = v * vec_load(mask + g);
-      if (added.data) v = v + vec_load(added.data, added.dtype, m * added.ld + n, count);
-      vec_store(job.y, job.y_dtype, m * adapter.N + n, v, count);
+// y = residual + mask * gate * (s c (sum + bu)).
+template <class U>
+struct FinishForward {
+  const BottleneckJob& job;
+  int64_t m0;
+  Matrix added;
+
+  FinishForward(const BottleneckJob& job, int64_t m0)
+      : job(job), m0(m0), added(job.adapter.add_x ? job.x.matrix : job.residual) {}
+
+  bool direct() const {
+    return !job.adapter.dropout.active() && job.y_dtype == U::kDtype && (!added.data || added.dtype == U::kDtype);
+  }
+
+  void begin(int64_t i, int64_t rows, int64_t n) const {
+    prefetch_tile(added.data, added.dtype, added.ld, m0 + i, rows, n);
+    prefetch_tile(job.y, job.y_dtype, job.adapter.N, m0 + i, rows, n);
+  }
+
+  PK_INLINE void whole(Vec (&acc)[kTileRows][4], int64_t i0, int64_t n0) const {
+    const float* gate = job.adapter.gate;
+#pragma GCC unroll 2
+    for (int g = 0; g < 4; g += 2) {
+      const int64_t n = n0 + g * kVec;
+      const Vec scale[2] = {vec_load(job.column_scale + n), vec_load(job.column_scale + n + kVec)};
+      const Vec bias[2] = {vec_load(job.column_bias + n), vec_load(job.column_bias + n + kVec)};
+#pragma GCC unroll 6
+      for (int i = 0; i < kTileRows; ++i) {
+        const int64_t m = m0 + i0 + i;
+        Vec v[2];
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          v[h] = multiply_add(acc[i][g + h], scale[h], bias[h]);
+          if (gate) v[h] = v[h] * vec_set(gate[m]);
+          if (added.data) v[h] = v[h] + vec_load(added.data, U::kDtype, m * added.ld + n + h * kVec);
+        }
+        store_pair<U>(job.y, m * job.adapter.N + n, v[0], v[1]);
+      }
     }
   }
-}
+
+  void part(const float* sums, int64_t i0, int64_t rows, int64_t n0) const {
+    const Adapter& adapter = job.adapter;
+    alignas(64) float mask[kPanelLanes];
+    for (int64_t m = m0 + i0; rows > 0; --rows, ++m, sums += kPanelLanes) {
+      if (adapter.dropout.active())
+        dropout_scale_row(adapter.dropout.seed, m, n0, kPanelLanes, adapter.dropout.p, mask);
+      for (int64_t g = 0; g < kPanelLanes && n0 + g < adapter.N; g += kVec) {
+        const int64_t n = n0 + g, count = adapter.N - n;
+        Vec v = multiply_add(vec_load(sums + g), vec_load(job.column_scale + n), vec_load(job.column_bias + n));
+        if (adapter.gate) v = v * vec_set(adapter.gate[m]);
+        if (adapter.dropout.active()) v = v * vec_load(mask + g);
+        if (added.data) v = v + vec_load(added.data, added.dtype, m * added.ld + n, count);
+        vec_store(job.y, job.y_dtype, m * adapter.N + n, v, count);
+      }
+    }
+  }
+};
 
 template <class U>
 void forward_rows(const BottleneckJob& job, int64_t m0, int64_t m1) {
@@ -121,9 +172,8 @@ void forward_rows(const BottleneckJob& job, int64_t m0, int64_t m1) {
     for (int64_t j = adapter.r; j < block.lanes; ++j) block.value[j] = 0;
     store_hidden<U>(block, i, block.value);
   }
-  expand<U>(job, adapter.N, block, [&](const float* sums, int64_t i, int64_t count, int64_t n) {
-    finish_forward(job, sums, m0 + i, count, n);
-  });
+  const FinishForward<U> finish(job, m0);
+  expand<U>(job, adapter.N, block, finish.direct(), finish);
 }
 
 // Row m of dZ = s mask act'(Z) (dY Wu) from block.sums, its copy for the weight gradients, and what else it yields.
@@ -170,25 +220,55 @@ void hidden_gradient(const BottleneckJob& job, RowBlock<U>& block, int64_t i) {
 
 // dx = [layer norm's backward of] the sums, plus dy where the residual is x.
 template <class U>
-void finish_backward(const BottleneckJob& job, const RowBlock<U>& block, const float* sums, int64_t i, int64_t rows,
-                     int64_t k0) {
-  const Adapter& adapter = job.adapter;
-  const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
-  for (const int64_t end = i + rows; i < end; ++i, sums += kPanelLanes) {
-    const int64_t m = block.m0 + i;
-    for (int64_t g = 0; g < kPanelLanes && k0 + g < adapter.K; g += kVec) {
-      const int64_t k = k0 + g, count = adapter.K - k;
-      Vec v = vec_load(sums + g);
-      if (adapter.ln_weight) {
-        const Vec scale = vec_set(job.x.row_scale[m]);
-        const Vec normal = (vec_load(x.data, x.dtype, m * x.ld + k, count) - vec_set(job.x.subtract[m])) * scale;
-        v = (v - vec_set(block.c1[i]) - normal * vec_set(block.c2[i])) * scale;
-      }
-      if (adapter.add_x) v = v + vec_load(dy.data, dy.dtype, m * dy.ld + k, count);
-      vec_store(job.gradients.dx, job.gradients.dx_dtype, m * adapter.K + k, v, count);
-    }
+struct FinishBackward {
+  const BottleneckJob& job;
+  const RowBlock<U>& block;
+
+  bool direct() const {
+    const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
+    return job.gradients.dx_dtype == U::kDtype && (!job.adapter.ln_weight || x.dtype == U::kDtype) &&
+           (!job.adapter.add_x || dy.dtype == U::kDtype);
   }
-}
+
+  void begin(int64_t i, int64_t rows, int64_t k) const {
+    const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
+    if (job.adapter.ln_weight) prefetch_tile(x.data, x.dtype, x.ld, block.m0 + i, rows, k);
+    if (job.adapter.add_x) prefetch_tile(dy.data, dy.dtype, dy.ld, block.m0 + i, rows, k);
+    prefetch_tile(job.gradients.dx, job.gradients.dx_dtype, job.adapter.K, block.m0 + i, rows, k);
+  }
+
+  PK_INLINE Vec finish(Vec v, int64_t i, int64_t k, DType x_dtype, DType dy_dtype, int64_t count) const {
+    const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
+    const int64_t m = block.m0 + i;
+    if (job.adapter.ln_weight) {
+      const Vec scale = vec_set(job.x.row_scale[m]);
+      const Vec normal = (vec_load(x.data, x_dtype, m * x.ld + k, count) - vec_set(job.x.subtract[m])) * scale;
+      v = (v - vec_set(block.c1[i]) - normal * vec_set(block.c2[i])) * scale;
+    }
+    return job.adapter.add_x ? v + vec_load(dy.data, dy_dtype, m * dy.ld + k, count) : v;
+  }
+
+  PK_INLINE void whole(Vec (&acc)[kTileRows][4], int64_t i0, int64_t k0) const {
+#pragma GCC unroll 6
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+      for (int g = 0; g < 4; g += 2) {
+        const int64_t k = k0 + g * kVec;
+        const Vec first = finish(acc[i][g], i0 + i, k, U::kDtype, U::kDtype, kVec);
+        const Vec second = finish(acc[i][g + 1], i0 + i, k + kVec, U::kDtype, U::kDtype, kVec);
+        store_pair<U>(job.gradients.dx, (block.m0 + i0 + i) * job.adapter.K + k, first, second);
+      }
+  }
+
+  void part(const float* sums, int64_t i, int64_t rows, int64_t k0) const {
+    for (const int64_t end = i + rows; i < end; ++i, sums += kPanelLanes)
+      for (int64_t g = 0; g < kPanelLanes && k0 + g < job.adapter.K; g += kVec) {
+        const int64_t k = k0 + g, count = job.adapter.K - k;
+        const Vec v = finish(vec_load(sums + g), i, k, job.x.matrix.dtype, job.dy.matrix.dtype, count);
+        vec_store(job.gradients.dx, job.gradients.dx_dtype, (block.m0 + i) * job.adapter.K + k, v, count);
+      }
+  }
+};
 
 template <class U>
 void backward_rows(const BottleneckJob& job, int64_t m0, int64_t m1) {
@@ -196,9 +276,8 @@ void backward_rows(const BottleneckJob& job, int64_t m0, int64_t m1) {
   reduce<U>(job, job.dy, job.adapter.N, block);
   for (int64_t i = 0; i < block.rows; ++i) hidden_gradient<U>(job, block, i);
   if (!job.gradients.dx) return;
-  expand<U>(job, job.adapter.K, block, [&](const float* sums, int64_t i, int64_t count, int64_t k) {
-    finish_backward<U>(job, block, sums, i, count, k);
-  });
+  const FinishBackward<U> finish{job, block};
+  expand<U>(job, job.adapter.K, block, finish.direct(), finish);
 }
 
 }  // namespace

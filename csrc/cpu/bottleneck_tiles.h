@@ -40,6 +40,32 @@ struct Bf16Unit {  // the products of bf16 are exact in vdpbf16ps, which adds th
 };
 #endif
 
+// Elements [i, i + 32) of U's dtype.
+template <class U>
+PK_INLINE void store_pair(void* data, int64_t i, Vec first, Vec second) {
+  if constexpr (U::kElements == 2) {
+    vec_store((float*)((uint16_t*)data + i), U::along(first, second));
+  } else {
+    vec_store((float*)data + i, first);
+    vec_store((float*)data + i + kVec, second);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// to[lane] = (first[lane], second[lane]) for 64 lanes.
+PK_INLINE void interleave_rows(const uint16_t* first, const uint16_t* second, uint32_t* to) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+#pragma GCC unroll 2
+  for (int64_t lane = 0; lane < kPanelLanes; lane += 32) {
+    const __m512i a = _mm512_loadu_si512(first + lane), b = _mm512_loadu_si512(second + lane);
+    _mm512_storeu_si512(to + lane, _mm512_permutex2var_epi16(a, low, b));
+    _mm512_storeu_si512(to + lane + kVec, _mm512_permutex2var_epi16(a, high, b));
+  }
+}
+#endif
+
 template <class U>
 PK_INLINE int64_t units_of(int64_t elements) {
   return (elements + U::kElements - 1) / U::kElements;
@@ -59,6 +85,14 @@ PK_INLINE Vec read(const Source& from, int64_t m, int64_t k, int64_t count, cons
   return v;
 }
 
+// A tile of a matrix that is read or written after the next product: too short a run for the hardware prefetcher.
+inline void prefetch_tile(const void* data, DType dtype, int64_t ld, int64_t row, int64_t rows, int64_t column) {
+  const int64_t size = dtype_size(dtype);
+  const char* from = (const char*)data + (row * ld + column) * size;
+  for (int64_t i = 0; data && i < rows; ++i, from += ld * size)
+    for (int64_t b = 0; b < kPanelLanes * size; b += 64) __builtin_prefetch(from + b);
+}
+
 // Zeros and ones for columns [k, k + count) of row m, or null without dropout.
 inline const float* keep_row(const Source& from, int64_t m, int64_t k, int64_t count, float* to) {
   if (!from.dropout.active()) return nullptr;
@@ -76,7 +110,8 @@ void pack_rows(const Source& from, int64_t m0, int64_t rows, int64_t k0, int64_t
     for (int64_t k = 0; k < count; k += kStep) {
       const Vec first = read(from, m0 + i, k0 + k, count - k, keep ? keep + k : nullptr);
       Vec second = vec_zero();
-      if (U::kElements == 2) second = read(from, m0 + i, k0 + k + kVec, count - k - kVec, keep ? keep + k + kVec : keep);
+      if (U::kElements == 2)
+        second = read(from, m0 + i, k0 + k + kVec, count - k - kVec, keep ? keep + k + kVec : keep);
       vec_store((float*)(to + k / U::kElements), U::along(first, second));
     }
   }
@@ -108,25 +143,14 @@ void pack_lanes_from_rows(const Source& from, int64_t row0, int64_t lanes, int64
 template <class U>
 void pack_lanes_from_columns(const Source& from, int64_t m0, int64_t rows, int64_t k0, int64_t lanes, int64_t W,
                              uint32_t* panel) {
-  constexpr int64_t kPrefetchRows = 16;  // a strided walk outruns the hardware prefetcher
-  [[maybe_unused]] const bool as_is = plain(from) && from.matrix.dtype == U::kDtype && lanes == W;
-  const int64_t row_bytes = from.matrix.ld * dtype_size(from.matrix.dtype);
   alignas(64) float masks[2][kPanelLanes];
   for (int64_t i = 0; i < rows; i += U::kElements, panel += W) {
     const int64_t m = m0 + i;
     const bool pair = U::kElements == 2 && i + 1 < rows;
-    const char* ahead = (const char*)from.matrix.data + (m + kPrefetchRows) * row_bytes;
-    for (int64_t e = 0; e < U::kElements; ++e, ahead += row_bytes)
-      for (int64_t b = 0; b < lanes * dtype_size(from.matrix.dtype); b += 64)
-        __builtin_prefetch(ahead + k0 * dtype_size(from.matrix.dtype) + b);
 #if defined(__AVX512BF16__)
-    if (U::kElements == 2 && as_is && pair) {
+    if (U::kElements == 2 && pair && lanes == kPanelLanes && plain(from) && from.matrix.dtype == U::kDtype) {
       const uint16_t* row = (const uint16_t*)from.matrix.data + m * from.matrix.ld + k0;
-      for (int64_t lane = 0; lane < W; lane += kVec) {
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(row + lane)));
-        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(row + from.matrix.ld + lane)));
-        _mm512_storeu_si512(panel + lane, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-      }
+      interleave_rows(row, row + from.matrix.ld, panel);
       continue;
     }
 #endif
@@ -141,38 +165,43 @@ void pack_lanes_from_columns(const Source& from, int64_t m0, int64_t rows, int64
   }
 }
 
-// sums[MR][16 G] = (or +=) rows[MR][units] panel[units][16 G]; `parts` vectors of lanes at a time, as registers allow.
+// sink(rows[MR][units] panel[units][LANES]) for 16 G of the lanes, as registers.
+template <class U, int MR, int G, int LANES, class Sink>
+PK_INLINE void multiply_tile(const char* rows, int64_t ld, const uint32_t* panel, int64_t units, const Sink& sink) {
+  Vec acc[MR][G];
+#pragma GCC unroll 6
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) acc[i][g] = vec_zero();
+  for (int64_t u = 0; u < units; ++u, panel += LANES, rows += 4) {
+    typename U::Wide w[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) w[g] = U::load(panel + g * kVec);
+#pragma GCC unroll 6
+    for (int i = 0; i < MR; ++i) {
+      const typename U::Wide a = U::broadcast(rows + i * ld);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) acc[i][g] = U::multiply_add(a, w[g], acc[i][g]);
+    }
+  }
+  sink(acc);
+}
+
+// sums[MR][16 G] = (or +=) rows[MR][units] panel[units][16 G], as many lanes at a time as registers allow.
 template <class U, int MR, int G>
 void multiply(const char* rows, int64_t ld, const uint32_t* panel, int64_t units, float* sums, int64_t ld_sums,
               bool add) {
   constexpr int kParts = kVecRegisters == 32 ? G : 1;
-  for (int part = 0; part < G; part += kParts, panel += kParts * kVec, sums += kParts * kVec) {
-    Vec acc[MR][kParts];
+  for (int part = 0; part < G; part += kParts, panel += kParts * kVec, sums += kParts * kVec)
+    multiply_tile<U, MR, kParts, G * kVec>(rows, ld, panel, units, [&](Vec(&acc)[MR][kParts]) {
 #pragma GCC unroll 6
-    for (int i = 0; i < MR; ++i)
+      for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-      for (int g = 0; g < kParts; ++g) acc[i][g] = vec_zero();
-    const uint32_t* lanes = panel;
-    const char* in = rows;
-    for (int64_t u = 0; u < units; ++u, lanes += G * kVec, in += 4) {
-      typename U::Wide w[kParts];
-#pragma GCC unroll 4
-      for (int g = 0; g < kParts; ++g) w[g] = U::load(lanes + g * kVec);
-#pragma GCC unroll 6
-      for (int i = 0; i < MR; ++i) {
-        const typename U::Wide a = U::broadcast(in + i * ld);
-#pragma GCC unroll 4
-        for (int g = 0; g < kParts; ++g) acc[i][g] = U::multiply_add(a, w[g], acc[i][g]);
-      }
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-      for (int g = 0; g < kParts; ++g) {
-        float* to = sums + i * ld_sums + g * kVec;
-        vec_store(to, add ? vec_load(to) + acc[i][g] : acc[i][g]);
-      }
-  }
+        for (int g = 0; g < kParts; ++g) {
+          float* to = sums + i * ld_sums + g * kVec;
+          vec_store(to, add ? vec_load(to) + acc[i][g] : acc[i][g]);
+        }
+    });
 }
 
 using Multiply = void (*)(const char*, int64_t, const uint32_t*, int64_t, float*, int64_t, bool);
@@ -188,7 +217,10 @@ Multiply multiply_of(int64_t rows) {
 template <class U>
 void multiply_rows(const char* rows, int64_t ld, int64_t count, const uint32_t* panel, int64_t units, int64_t W,
                    float* sums, int64_t ld_sums, bool add) {
-  const auto of = W == 64 ? multiply_of<U, 4> : W == 48 ? multiply_of<U, 3> : W == 32 ? multiply_of<U, 2> : multiply_of<U, 1>;
+  const auto of = W == 64   ? multiply_of<U, 4>
+                  : W == 48 ? multiply_of<U, 3>
+                  : W == 32 ? multiply_of<U, 2>
+                            : multiply_of<U, 1>;
   for (; count > 0; count -= kTileRows, rows += kTileRows * ld, sums += kTileRows * ld_sums)
     of(min64(kTileRows, count))(rows, ld, panel, units, sums, ld_sums, add);
 }

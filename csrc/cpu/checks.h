@@ -16,8 +16,8 @@ inline void require(bool ok, const char* function, const std::string& message) {
   if (!ok) throw std::invalid_argument(std::string(function) + ": " + message);
 }
 
-inline void check_matrix(const char* function, const char* name, const void* data, DType dtype, int64_t rows, int64_t columns,
-                  int64_t ld) {
+inline void check_matrix(const char* function, const char* name, const void* data, DType dtype, int64_t rows,
+                         int64_t columns, int64_t ld) {
   const std::string what = name;
   int64_t span;
   require(dtype == DType::F32 || dtype == DType::F16 || dtype == DType::BF16, function,

@@ -1,4 +1,5 @@
-// Memory that is kept between calls, because fresh pages cost more than the kernels do. Include from baseline files only.
+// Memory that is kept between calls, because fresh pages cost more than the kernels do. Include from baseline files
+// only.
 #pragma once
 
 #include <cstddef>

@@ -107,7 +107,10 @@ def backward(
         [grad.data_ptr() if needed else 0 for grad, needed in zip(grads, needs, strict=True)],
     )
     like = (None, *parameters)
-    return [grad if t is None or not needed else grad.to(t.dtype) for grad, t, needed in zip(grads, like, needs, strict=True)]
+    return [
+        grad if t is None or not needed else grad.to(t.dtype)
+        for grad, t, needed in zip(grads, like, needs, strict=True)
+    ]
 
 
 def _adapter(
