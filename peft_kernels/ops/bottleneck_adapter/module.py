@@ -101,8 +101,9 @@ class BottleneckAdapter(nn.Module):
         self.norm_after = nn.LayerNorm(hidden_size, **options) if norm_after else None
         self.gate = nn.Linear(hidden_size, 1, **options) if use_gating else None
         if isinstance(scaling, str):
-            scaling = nn.Parameter(torch.ones(1 if scaling == "learned" else hidden_size, **options))
-        self.scaling = scaling
+            self.scaling = nn.Parameter(torch.ones(1 if scaling == "learned" else hidden_size, **options))
+        else:
+            self.scaling = scaling
         self.reset_parameters()
 
     @classmethod
@@ -120,7 +121,7 @@ class BottleneckAdapter(nn.Module):
         cls, hidden_size: int, bottleneck_size: int, scaling: float | str = 4.0, **options: Any
     ) -> BottleneckAdapter:
         """Beside a sub-layer and scaled, relu: its output is added to the sub-layer's, which `forward` may be given."""
-        defaults = {"residual": False, "init_weights": "mam_adapter"}
+        defaults: dict[str, Any] = {"residual": False, "init_weights": "mam_adapter"}
         return cls(hidden_size, bottleneck_size, scaling=scaling, **defaults | options)
 
     @property

@@ -148,9 +148,9 @@ class _BottleneckAdapter(torch.autograd.Function):
         y, z, stats = torch.ops.peft_kernels.bottleneck_adapter_forward(x, residual, *tensors, *options, True, backend)
         need = ctx.needs_input_grad
         keep_x = need[4] or tensors[4] is not None
-        *options, seed = options
+        *kept, seed = options
         ctx.save_for_backward(x if keep_x else None, z, stats, seed, *tensors)
-        ctx.options, ctx.backend, ctx.x_dtype = tuple(options), backend, x.dtype
+        ctx.options, ctx.backend, ctx.x_dtype = tuple(kept), backend, x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         return y
 

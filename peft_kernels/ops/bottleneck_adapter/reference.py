@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ...dropout import draw_seeds, scale_mask
 from .activations import ACTIVATIONS, canonical
-from .scaling import Factor
+from .scaling import Factor, factors
 
 
 def bottleneck_adapter(
@@ -36,7 +36,7 @@ def bottleneck_adapter(
         h = F.layer_norm(x.to(ln_weight.dtype), ln_weight.shape, ln_weight, ln_bias, ln_eps)
     h = ACTIVATIONS[canonical(activation)](_linear(h, down_weight, down_bias))
     y = _linear(h, up_weight, up_bias)
-    for factor in scaling if isinstance(scaling, tuple | list) else [scaling]:
+    for factor in factors(scaling):
         y = y * factor
     if seed is not None:
         y = y * scale_mask(seed[0], y.shape[:-1].numel(), y.shape[-1], dropout_p).view_as(y).to(y.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,11 @@ from ...checks import bad_type, bad_value, check_device, check_tensor
 
 Factor = float | torch.Tensor
 _REMEDY = "Pass a float, a tensor of 1 or N elements, or one that broadcasts to (..., 1)."
+
+
+def factors(scaling: Factor | Sequence[Factor]) -> list[Any]:
+    """The argument as a list of factors."""
+    return list(scaling) if isinstance(scaling, tuple | list) else [scaling]
 
 
 class Scaling(NamedTuple):
@@ -28,7 +33,7 @@ def parse_scaling(scaling: Factor | Sequence[Factor], x: torch.Tensor, out_featu
         TypeError: a factor is neither a number nor a tensor. ValueError: a shape, dtype or device does not fit.
     """
     constant, channel, gate = 1.0, None, None
-    for factor in scaling if isinstance(scaling, tuple | list) else [scaling]:
+    for factor in factors(scaling):
         if isinstance(factor, int | float):
             constant *= factor
             continue
