@@ -1,6 +1,6 @@
 // Every function that peft_kernels._native exports: the table of contents, nothing else.
-#include "cpu/columns.h"
 #include "bottleneck_wire.h"
+#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/linear_4bit.h"
 #include "cpu/nf4_codec.h"
