@@ -1,4 +1,5 @@
 // Every function that peft_kernels._native exports: the table of contents, nothing else.
+#include "bottleneck_wire.h"
 #include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/linear_4bit.h"
@@ -79,4 +80,10 @@ PYBIND11_MODULE(_native, m) {
                                         py::arg("prompt_k"), py::arg("prompt_v"), py::arg("out"), py::arg("lse"),
                                         py::arg("gate"), py::arg("dq"), py::arg("add_dq"), py::arg("dprompt_k"),
                                         py::arg("dprompt_v"), py::arg("dgate"));
+  def_kernel<wire_bottleneck_forward>(m, "bottleneck_forward", py::arg("adapter"), py::arg("x"), py::arg("M"),
+                                      py::arg("ln_eps"), py::arg("residual"), py::arg("y"), py::arg("y_dtype"),
+                                      py::arg("z"), py::arg("z_dtype"), py::arg("stats"));
+  def_kernel<wire_bottleneck_backward>(m, "bottleneck_backward", py::arg("adapter"), py::arg("x"), py::arg("M"),
+                                       py::arg("dy"), py::arg("z"), py::arg("stats"), py::arg("dx_dtype"),
+                                       py::arg("gradients"));
 }

@@ -30,6 +30,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "triton": f"peft_kernels.ops.{op}.triton_kernels",
     }
     for op in (
+        "bottleneck_adapter",
         "nf4",
         "linear_4bit",
         "lora_linear",

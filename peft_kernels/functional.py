@@ -1,5 +1,6 @@
 """Every operation as a function, on the fastest backend that can run it."""
 
+from .ops.bottleneck_adapter.op import bottleneck_adapter
 from .ops.gated_prompt_attention.op import gated_prompt_attention
 from .ops.linear_4bit.op import linear_4bit
 from .ops.lora_linear.op import lora_linear
@@ -10,6 +11,7 @@ from .weight4bit import dequantize_4bit, quantize_4bit
 
 __all__ = [
     "bitfit_linear",
+    "bottleneck_adapter",
     "dequantize_4bit",
     "gated_prompt_attention",
     "ia3_linear",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .dispatch import use_backend
+from .ops.bottleneck_adapter.reference import bottleneck_adapter
 from .ops.gated_prompt_attention.reference import gated_prompt_attention
 from .ops.linear_4bit.reference import linear_4bit
 from .ops.lora_linear.reference import lora_linear
@@ -16,6 +17,7 @@ from .weight4bit import Weight4bit, check_weight4bit
 
 __all__ = [
     "bitfit_linear",
+    "bottleneck_adapter",
     "dequantize_4bit",
     "gated_prompt_attention",
     "ia3_linear",

@@ -27,9 +27,9 @@ ROOT_NAMES = {
     "use_backend",
 }
 FUNCTIONS = {"dequantize_4bit", "linear_4bit", "lora_linear", "quantize_4bit"}
-FUNCTIONS |= {"bitfit_linear", "ia3_linear", "scale_bias_linear"}
+FUNCTIONS |= {"bitfit_linear", "bottleneck_adapter", "ia3_linear", "scale_bias_linear"}
 FUNCTIONS |= {"gated_prompt_attention", "prefix_attention", "prompt_embedding"}
-MODULES = {"BitFitLinear", "IA3Linear", "Linear4bit", "LoRALinear", "ScaleBiasLinear"}
+MODULES = {"BitFitLinear", "BottleneckAdapter", "IA3Linear", "Linear4bit", "LoRALinear", "ScaleBiasLinear"}
 MODULES |= {"GatedPromptAttention", "PrefixAttention", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"}
 
 SMALL_RUN = """

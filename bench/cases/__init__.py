@@ -21,12 +21,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..case import Case, Options
-from . import codec, linear_4bit, lora_linear, prompt_attention, prompt_methods, scaled_linear, smollm2
+from . import bottleneck_adapter, codec, linear_4bit, lora_linear, prompt_attention, prompt_methods, scaled_linear, smollm2
 
 GROUPS: dict[str, Callable[[Options], Iterator[Case]]] = {
     "lora_linear": lora_linear.cases,
     "linear_4bit": linear_4bit.cases,
     "scaled_linear": scaled_linear.cases,
+    "bottleneck_adapter": bottleneck_adapter.cases,
     "codec": codec.cases,
     "prompt_attention": prompt_attention.cases,
     "prompt_methods": prompt_methods.cases,

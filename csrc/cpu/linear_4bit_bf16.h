@@ -5,6 +5,7 @@
 
 #include "cpu/linear_4bit_kernels.h"
 #include "cpu/philox.h"
+#include "cpu/transpose_avx512.h"
 
 namespace peft_kernels {
 namespace {
@@ -148,37 +149,6 @@ inline __m512i decode32(__m512i table, const uint8_t* packed) {
   const __m512i shifts = _mm512_set1_epi64(0x0008000c00000004);
   const __m512i words = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)packed));
   return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, words), table);
-}
-
-// Transposes 16 x 16 dwords in place.
-inline void transpose16(__m512i v[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    v[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-    v[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-  }
 }
 
 inline __m512 load16(const void* data, DType dtype, int64_t i, __mmask16 lanes) {

@@ -2,13 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <stdexcept>
-#include <string>
 
+#include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/lora_kernels.h"
+#include "cpu/scratch.h"
 #include "cpu/threads.h"
 
 namespace peft_kernels {
@@ -35,32 +33,6 @@ const LoraKernels& kernels() {
   return kLoraScalar;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-void require(bool ok, const char* function, const std::string& message) {
-  if (!ok) throw std::invalid_argument(std::string(function) + ": " + message);
-}
-
-void check_matrix(const char* function, const char* name, const void* data, DType dtype, int64_t rows, int64_t columns,
-                  int64_t ld) {
-  const std::string what = name;
-  int64_t span;
-  require(dtype == DType::F32 || dtype == DType::F16 || dtype == DType::BF16, function,
-          what + " has an unknown dtype, expected 0 (float32), 1 (float16) or 2 (bfloat16)");
-  require(rows >= 0 && columns >= 0, function, what + " has a negative size");
-  require(ld >= columns, function,
-          what + " has row stride " + std::to_string(ld) + ", expected at least " + std::to_string(columns));
-  require(!__builtin_mul_overflow(rows, ld, &span) && span <= INT64_MAX / 8, function, what + " is too large");
-  require(data || rows == 0 || columns == 0, function, what + " is null");
-}
-
-void check_dropout(const char* function, double p, int64_t rows, int64_t columns) {
-  require(p >= 0 && p <= 1, function, "dropout_p must be in [0, 1], got " + std::to_string(p));
-  require(p == 0 || (rows <= INT64_C(1) << 32 && columns <= INT64_C(1) << 34), function,
-          "dropout needs at most 2^32 rows and 2^34 columns: its counters are 32 bits");
-}
-
 // Panels of P for `shrink`: P itself when few rows would not repay a copy, else where to pack it.
 ShrinkPanels plan_panels(const LoraKernels& kernel, const Matrix& x, int64_t M, int64_t K, const Matrix& p,
                          bool p_is_kr, int64_t r, bool dropout) {
@@ -74,26 +46,11 @@ ShrinkPanels plan_panels(const LoraKernels& kernel, const Matrix& x, int64_t M, 
   return {panels, dtype, true, split, block_k, r * block_k, block_k};
 }
 
-struct AlignedBuffer {
-  struct Free {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<void, Free> data;
-  size_t size = 0;
-};
-
 }  // namespace
 
 void* lora_scratch(int slot, size_t bytes) {
   static thread_local AlignedBuffer buffers[3];
-  AlignedBuffer& buffer = buffers[slot];
-  if (buffer.size < bytes) {
-    buffer.data.reset();
-    buffer.size = 0;
-    buffer.data.reset(::operator new(bytes, std::align_val_t(64)));
-    buffer.size = bytes;
-  }
-  return buffer.data.get();
+  return buffers[slot].reserve(bytes);
 }
 
 void lora_shrink(const Matrix& x, int64_t M, int64_t K, const Matrix& p, bool p_is_kr, int64_t r, float alpha,

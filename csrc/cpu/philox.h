@@ -124,27 +124,31 @@ inline void dropout_scale_blocks(uint64_t seed, uint32_t m, uint32_t quad, uint6
 }
 #endif
 
-// out[i] = 0 or 1/(1-p) for element (m, k0 + i), i < n. Any k0; multiples of 4 with n a multiple of 128 are fastest.
-inline void dropout_scale_row(uint64_t seed, uint64_t m, int64_t k0, int64_t n, double p, float* out) {
+// out[i] = 0 or `kept` for element (m, k0 + i), i < n. Any k0; multiples of 4 with n a multiple of 128 are fastest.
+inline void dropout_row(uint64_t seed, uint64_t m, int64_t k0, int64_t n, double p, float kept, float* out) {
   const uint64_t threshold = dropout_threshold(p);
-  const float scale = dropout_scale(p);
   if (threshold == 0 || threshold >> 32) {
-    for (int64_t i = 0; i < n; ++i) out[i] = threshold == 0 ? scale : 0.0f;
+    for (int64_t i = 0; i < n; ++i) out[i] = threshold == 0 ? kept : 0.0f;
     return;
   }
   int64_t i = 0;
   for (; (k0 & 3) == 0 && i + 128 <= n; i += 128)
-    dropout_scale_blocks<4>(seed, uint32_t(m), uint32_t((k0 + i) >> 2), threshold, scale, out + i);
+    dropout_scale_blocks<4>(seed, uint32_t(m), uint32_t((k0 + i) >> 2), threshold, kept, out + i);
   for (; (k0 & 3) == 0 && i + 32 <= n; i += 32)
-    dropout_scale_blocks<1>(seed, uint32_t(m), uint32_t((k0 + i) >> 2), threshold, scale, out + i);
+    dropout_scale_blocks<1>(seed, uint32_t(m), uint32_t((k0 + i) >> 2), threshold, kept, out + i);
   while (i < n) {
     float block[32];
     const int64_t quad = (k0 + i) >> 2, skip = (k0 + i) & 3;
     const int64_t count = n - i < 32 - skip ? n - i : 32 - skip;
-    dropout_scale_blocks<1>(seed, uint32_t(m), uint32_t(quad), threshold, scale, block);
+    dropout_scale_blocks<1>(seed, uint32_t(m), uint32_t(quad), threshold, kept, block);
     for (int64_t j = 0; j < count; ++j) out[i + j] = block[skip + j];
     i += count;
   }
+}
+
+// The same with the factor that keeps the mean: 0 or 1/(1-p).
+inline void dropout_scale_row(uint64_t seed, uint64_t m, int64_t k0, int64_t n, double p, float* out) {
+  dropout_row(seed, m, k0, n, p, dropout_scale(p), out);
 }
 
 }  // namespace

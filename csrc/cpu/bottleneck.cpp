@@ -1,0 +1,184 @@
+#include "cpu/bottleneck.h"
+
+#include <algorithm>
+
+#include "cpu/bottleneck_kernels.h"
+#include "cpu/checks.h"
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+#include "cpu/threads.h"
+
+namespace peft_kernels {
+namespace {
+
+constexpr int64_t kFlopsPerThread = 4'000'000;  // about 25 us of a Zen 4 core
+
+const BottleneckKernels& kernels(const Adapter& adapter, DType x) {
+#if defined(__x86_64__)
+  const bool bf16 = x == DType::BF16 && adapter.down.dtype == DType::BF16 && adapter.up.dtype == DType::BF16;
+  switch (isa()) {
+    case Isa::Avx512Bf16:
+      return bf16 ? kBottleneckBf16Pairs : kBottleneckAvx512;
+    case Isa::Avx512:
+      return kBottleneckAvx512;
+    case Isa::Avx2:
+      return kBottleneckAvx2;
+    case Isa::Scalar:
+      break;
+  }
+#endif
+  return kBottleneckScalar;
+}
+
+void check_adapter(const char* function, const Adapter& adapter, int64_t M) {
+  require(adapter.r > 0 && adapter.K > 0 && adapter.N > 0, function, "the adapter has a size below 1");
+  check_matrix(function, "down", adapter.down.data, adapter.down.dtype, adapter.r, adapter.K, adapter.down.ld);
+  check_matrix(function, "up", adapter.up.data, adapter.up.dtype, adapter.N, adapter.r, adapter.up.ld);
+  check_dropout(function, adapter.dropout.p, M, adapter.N);
+  require(adapter.activation >= Activation::Identity && adapter.activation < Activation::Count, function,
+          "unknown activation code " + std::to_string(int(adapter.activation)));
+  require(!adapter.add_x || adapter.K == adapter.N, function, "x as residual needs as many outputs as inputs");
+  require(adapter.ln_weight || !adapter.ln_bias, function, "ln_bias is given without ln_weight");
+}
+
+// Hands out pieces of one block of memory: first counted, then given.
+struct Arena {
+  char* memory;
+  size_t used = 0;
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = memory ? (T*)(memory + used) : nullptr;
+    used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+template <typename Layout>
+void lay_out(BottleneckJob& job, Layout layout) {
+  Arena arena{nullptr};
+  layout(job, arena);
+  arena = {(char*)bottleneck_scratch(0, arena.used)};
+  layout(job, arena);
+}
+
+int threads_of(const BottleneckJob& job, int64_t products) {
+  const Adapter& adapter = job.adapter;
+  return threads_for(2 * products * (job.M + 8) * adapter.r * (adapter.K + adapter.N), kFlopsPerThread);
+}
+
+// Blocks of rows that end at whole tiles and keep every thread equally long busy.
+struct RowSplit {
+  int64_t M, tiles, items;
+  RowSplit(int64_t M, int threads) : M(M), tiles(ceil_div(M, kTileRows)) {
+    items = std::min(tiles, threads * ceil_div(tiles, threads * (kBlockRows / kTileRows)));
+  }
+  int64_t begin(int64_t item) const { return std::min(M, tiles * item / items * kTileRows); }
+};
+
+}  // namespace
+
+void* bottleneck_scratch(int slot, size_t bytes) {
+  static thread_local AlignedBuffer buffers[3];
+  return buffers[slot].reserve(bytes);
+}
+
+void bottleneck_forward(const Adapter& adapter, const Matrix& x, int64_t M, float ln_eps, const Matrix& residual,
+                        void* y, DType y_dtype, void* z, DType z_dtype, float* stats) {
+  const char* function = "bottleneck_forward";
+  check_adapter(function, adapter, M);
+  check_matrix(function, "x", x.data, x.dtype, M, adapter.K, x.ld);
+  check_matrix(function, "y", y, y_dtype, M, adapter.N, adapter.N);
+  if (z) check_matrix(function, "z", z, z_dtype, M, adapter.r, adapter.r);
+  if (residual.data) check_matrix(function, "residual", residual.data, residual.dtype, M, adapter.N, residual.ld);
+  require(stats || !adapter.ln_weight, function, "stats is null");
+  if (M == 0) return;
+  const BottleneckKernels& kernel = kernels(adapter, x.dtype);
+  BottleneckJob job{};
+  job.adapter = adapter, job.M = M, job.rank_lanes = round_up(adapter.r, 16);
+  job.ln_eps = ln_eps, job.residual = residual, job.stats = stats;
+  job.y = y, job.y_dtype = y_dtype, job.z = z, job.z_dtype = z_dtype;
+  job.x = {x, nullptr, nullptr, nullptr, {}};
+  if (adapter.ln_weight) job.x.subtract = stats, job.x.row_scale = stats + M;
+  lay_out(job, [&](BottleneckJob& to, Arena& arena) {
+    const int64_t lanes = round_up(adapter.N, kPanelLanes);
+    to.reduce = arena.take<uint32_t>(ceil_div(adapter.K, kernel.elements) * job.rank_lanes);
+    to.expand = arena.take<uint32_t>(lanes * ceil_div(adapter.r, kernel.elements));
+    to.hidden_bias = arena.take<float>(job.rank_lanes);
+    to.column_scale = arena.take<float>(lanes);
+    to.column_bias = arena.take<float>(lanes);
+  });
+  const int threads = threads_of(job, 1);
+  const int64_t packs = kernel.pack_items(job.rank_lanes, adapter.K, adapter.N);
+  const RowSplit split(M, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < packs; ++item) kernel.pack_forward(job, item);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < split.items; ++item)
+      kernel.forward_rows(job, split.begin(item), split.begin(item + 1));
+  }
+}
+
+void bottleneck_backward(const Adapter& adapter, const Matrix& x, int64_t M, const Matrix& dy, const Matrix& z,
+                         const float* stats, const AdapterGradients& gradients) {
+  const char* function = "bottleneck_backward";
+  check_adapter(function, adapter, M);
+  const bool need_up = gradients.up_weight || gradients.up_bias || gradients.channel;
+  const bool need_down = gradients.down_weight || gradients.ln_weight || gradients.ln_bias;
+  const bool need_dz = need_down || gradients.down_bias, need_x = need_down || (gradients.dx && adapter.ln_weight);
+  if (need_x) check_matrix(function, "x", x.data, x.dtype, M, adapter.K, x.ld);
+  if (gradients.dx) check_matrix(function, "dx", gradients.dx, gradients.dx_dtype, M, adapter.K, adapter.K);
+  check_matrix(function, "dy", dy.data, dy.dtype, M, adapter.N, dy.ld);
+  check_matrix(function, "z", z.data, z.dtype, M, adapter.r, z.ld);
+  require(stats || !adapter.ln_weight, function, "stats is null");
+  if (M == 0) return;
+  const BottleneckKernels& kernel = kernels(adapter, gradients.dx_dtype);
+  BottleneckJob job{};
+  job.adapter = adapter, job.M = M, job.rank_lanes = round_up(adapter.r, 16);
+  job.inverse_keep = adapter.dropout.p < 1 ? float(1 / (1 - adapter.dropout.p)) : 0.0f;
+  job.gradients = gradients, job.saved_z = z;
+  job.x = {x, nullptr, nullptr, nullptr, {}};
+  if (adapter.ln_weight) job.x.subtract = stats, job.x.row_scale = stats + M;
+  job.dy = {dy, nullptr, nullptr, nullptr, adapter.dropout};
+  job.ld_columns = round_up(ceil_div(M, kernel.elements), 16) + 16;  // no power of two
+  lay_out(job, [&](BottleneckJob& to, Arena& arena) {
+    to.reduce = arena.take<uint32_t>(ceil_div(adapter.N, kernel.elements) * job.rank_lanes);
+    to.expand = arena.take<uint32_t>(round_up(adapter.K, kPanelLanes) * ceil_div(adapter.r, kernel.elements));
+    to.hidden_bias = arena.take<float>(job.rank_lanes);
+    to.hidden_sum = arena.take<float>(job.rank_lanes);
+    to.dz_sum = arena.take<float>(adapter.r);
+    if (gradients.gate && adapter.up_bias) to.gate_bias = arena.take<float>(adapter.N);
+    if (need_up) to.a_columns = arena.take<uint32_t>((adapter.r + 1) * job.ld_columns);
+    if (need_dz) to.dz_columns = arena.take<uint32_t>(adapter.r * job.ld_columns);
+  });
+  const int64_t last = ceil_div(M, kernel.elements) - 1;  // the unit that an odd last row fills in half
+  for (int64_t j = 0; j <= adapter.r; ++j) {
+    if (need_up) job.a_columns[j * job.ld_columns + last] = 0;
+    if (need_dz && j < adapter.r) job.dz_columns[j * job.ld_columns + last] = 0;
+  }
+  const int threads = threads_of(job, 2);
+  const int64_t packs = kernel.pack_items(job.rank_lanes, adapter.N, adapter.K);
+  const int64_t up_tiles = need_up ? ceil_div(adapter.N, kPanelLanes) : 0;
+  const int64_t down_tiles = need_down ? ceil_div(adapter.K, kPanelLanes) : 0;
+  const RowSplit split(M, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < packs; ++item) kernel.pack_backward(job, item);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < split.items; ++item)
+      kernel.backward_rows(job, split.begin(item), split.begin(item + 1));
+#pragma omp for schedule(static)
+    for (int64_t rank = 0; rank < (need_dz ? adapter.r : 0); ++rank) kernel.sum_dz(job, rank);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < up_tiles + down_tiles; ++item) {
+      if (item < up_tiles)
+        kernel.up_gradient(job, item * kPanelLanes);
+      else
+        kernel.down_gradient(job, (item - up_tiles) * kPanelLanes);
+    }
+  }
+}
+
+}  // namespace peft_kernels

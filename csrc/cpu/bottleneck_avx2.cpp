@@ -1,0 +1,7 @@
+#include "cpu/bottleneck_steps.h"
+
+namespace peft_kernels {
+
+const BottleneckKernels kBottleneckAvx2 = bottleneck_kernels<F32Unit>();
+
+}  // namespace peft_kernels

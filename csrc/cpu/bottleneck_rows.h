@@ -1,0 +1,284 @@
+// The passes over rows: a block of them goes down, through the activation and up again while its hidden stays in cache.
+#pragma once
+
+#include "cpu/bottleneck_tiles.h"
+
+namespace peft_kernels {
+namespace {
+
+constexpr int64_t kPackedLd = kChunkUnits + 16;  // a power of two would put the rows of a tile in one set of L1
+
+// A thread's memory for one block of rows.
+template <class U>
+struct RowBlock {
+  int64_t m0, rows, lanes, ld_hidden;
+  uint32_t *packed, *hidden;             // [rows][kPackedLd], [rows][ld_hidden] units
+  float *sums, *value, *slope, *z;       // [rows][lanes], [lanes] each
+  float c1[kBlockRows], c2[kBlockRows];  // of the layer norm's backward pass
+
+  RowBlock(const BottleneckJob& job, int64_t from, int64_t to) : m0(from), rows(to - from), lanes(job.rank_lanes) {
+    ld_hidden = lanes / U::kElements + 16;
+    char* memory = (char*)bottleneck_scratch(1, size_t(kBlockRows * (kPackedLd + ld_hidden + lanes) + 3 * lanes) * 4);
+    packed = (uint32_t*)memory;
+    hidden = packed + kBlockRows * kPackedLd;
+    sums = (float*)(hidden + kBlockRows * ld_hidden);
+    value = sums + kBlockRows * lanes;
+    slope = value + lanes;
+    z = slope + lanes;
+  }
+};
+
+// block.sums = rows of `from` times the panels that job.reduce holds.
+template <class U>
+void reduce(const BottleneckJob& job, const Source& from, int64_t length, RowBlock<U>& block) {
+  const int64_t units = units_of<U>(length), size = dtype_size(from.matrix.dtype);
+  const bool direct = plain(from) && from.matrix.dtype == U::kDtype && length % U::kElements == 0;
+  for (int64_t u = 0; u < units; u += kChunkUnits) {
+    const int64_t count = min64(kChunkUnits, units - u), k = u * U::kElements;
+    const char* rows = (const char*)block.packed;
+    if (direct)
+      rows = (const char*)from.matrix.data + (block.m0 * from.matrix.ld + k) * size;
+    else
+      pack_rows<U>(from, block.m0, block.rows, k, min64(count * U::kElements, length - k), block.packed, kPackedLd);
+    for (int64_t lane = 0; lane < block.lanes; lane += kPanelLanes) {
+      const int64_t W = min64(kPanelLanes, block.lanes - lane);
+      multiply_rows<U>(rows, direct ? from.matrix.ld * size : kPackedLd * 4, block.rows,
+                       job.reduce + lane * units + u * W, count, W, block.sums + lane, block.lanes, u > 0);
+    }
+  }
+}
+
+// The block's hidden times job.expand, tile by tile: begin(row, rows, column) before a product; then, for a whole tile
+// that `direct` says finish can take from registers, finish.whole(registers, row, column), else
+// finish.part(sums, row, rows, column).
+template <class U, class Finish>
+void expand(const BottleneckJob& job, int64_t width, const RowBlock<U>& block, bool direct, const Finish& finish) {
+  const int64_t units = units_of<U>(job.adapter.r);
+  alignas(64) float sums[kTileRows * kPanelLanes];
+  direct = direct && kVecRegisters == 32 && units <= kChunkUnits;
+  for (int64_t i = 0; i < block.rows; i += kTileRows) {
+    const int64_t count = min64(kTileRows, block.rows - i);
+    const char* hidden = (const char*)(block.hidden + i * block.ld_hidden);
+    for (int64_t n = 0; n < width; n += kPanelLanes) {
+      const uint32_t* panel = job.expand + n * units;
+      finish.begin(i, count, n);
+      if (direct && count == kTileRows && n + kPanelLanes <= width) {
+        multiply_tile<U, kTileRows, 4, kPanelLanes>(hidden, block.ld_hidden * 4, panel, units,
+                                                    [&](Vec(&acc)[kTileRows][4]) { finish.whole(acc, i, n); });
+        continue;
+      }
+      for (int64_t u = 0; u < units; u += kChunkUnits)
+        multiply_rows<U>(hidden + u * 4, block.ld_hidden * 4, count, panel + u * kPanelLanes,
+                         min64(kChunkUnits, units - u), kPanelLanes, sums, kPanelLanes, u > 0);
+      finish.part(sums, i, count, n);
+    }
+  }
+}
+
+template <class U>
+void store_hidden(RowBlock<U>& block, int64_t i, const float* values) {
+  for (int64_t j = 0; j < block.lanes; j += kVec)
+    vec_store(block.hidden + i * block.ld_hidden, U::kDtype, j, vec_load(values + j));
+}
+
+inline void row_statistics(const BottleneckJob& job, int64_t m) {
+  const Matrix& x = job.x.matrix;
+  const int64_t K = job.adapter.K;
+  Vec sum = vec_zero();
+  for (int64_t k = 0; k < K; k += kVec) sum = sum + vec_load(x.data, x.dtype, m * x.ld + k, K - k);
+  const float mean = vec_sum(sum) / float(K);
+  sum = vec_zero();
+  for (int64_t k = 0; k < K; k += kVec) {
+    const Vec d = vec_first(vec_load(x.data, x.dtype, m * x.ld + k, K - k) - vec_set(mean), K - k);
+    sum = multiply_add(d, d, sum);
+  }
+  job.stats[m] = mean;
+  job.stats[job.M + m] = 1.0f / __builtin_sqrtf(vec_sum(sum) / float(K) + job.ln_eps);
+}
+
+// y = residual + mask * gate * (s c (sum + bu)).
+template <class U>
+struct FinishForward {
+  const BottleneckJob& job;
+  int64_t m0;
+  Matrix added;
+
+  FinishForward(const BottleneckJob& job, int64_t m0)
+      : job(job), m0(m0), added(job.adapter.add_x ? job.x.matrix : job.residual) {}
+
+  bool direct() const {
+    return !job.adapter.dropout.active() && job.y_dtype == U::kDtype && (!added.data || added.dtype == U::kDtype);
+  }
+
+  void begin(int64_t i, int64_t rows, int64_t n) const {
+    prefetch_tile(added.data, added.dtype, added.ld, m0 + i, rows, n);
+    prefetch_tile(job.y, job.y_dtype, job.adapter.N, m0 + i, rows, n);
+  }
+
+  PK_INLINE void whole(Vec (&acc)[kTileRows][4], int64_t i0, int64_t n0) const {
+    const float* gate = job.adapter.gate;
+#pragma GCC unroll 2
+    for (int g = 0; g < 4; g += 2) {
+      const int64_t n = n0 + g * kVec;
+      const Vec scale[2] = {vec_load(job.column_scale + n), vec_load(job.column_scale + n + kVec)};
+      const Vec bias[2] = {vec_load(job.column_bias + n), vec_load(job.column_bias + n + kVec)};
+#pragma GCC unroll 6
+      for (int i = 0; i < kTileRows; ++i) {
+        const int64_t m = m0 + i0 + i;
+        Vec v[2];
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          v[h] = multiply_add(acc[i][g + h], scale[h], bias[h]);
+          if (gate) v[h] = v[h] * vec_set(gate[m]);
+          if (added.data) v[h] = v[h] + vec_load(added.data, U::kDtype, m * added.ld + n + h * kVec);
+        }
+        store_pair<U>(job.y, m * job.adapter.N + n, v[0], v[1]);
+      }
+    }
+  }
+
+  void part(const float* sums, int64_t i0, int64_t rows, int64_t n0) const {
+    const Adapter& adapter = job.adapter;
+    alignas(64) float mask[kPanelLanes];
+    for (int64_t m = m0 + i0; rows > 0; --rows, ++m, sums += kPanelLanes) {
+      if (adapter.dropout.active())
+        dropout_scale_row(adapter.dropout.seed, m, n0, kPanelLanes, adapter.dropout.p, mask);
+      for (int64_t g = 0; g < kPanelLanes && n0 + g < adapter.N; g += kVec) {
+        const int64_t n = n0 + g, count = adapter.N - n;
+        Vec v = multiply_add(vec_load(sums + g), vec_load(job.column_scale + n), vec_load(job.column_bias + n));
+        if (adapter.gate) v = v * vec_set(adapter.gate[m]);
+        if (adapter.dropout.active()) v = v * vec_load(mask + g);
+        if (added.data) v = v + vec_load(added.data, added.dtype, m * added.ld + n, count);
+        vec_store(job.y, job.y_dtype, m * adapter.N + n, v, count);
+      }
+    }
+  }
+};
+
+template <class U>
+void forward_rows(const BottleneckJob& job, int64_t m0, int64_t m1) {
+  const Adapter& adapter = job.adapter;
+  RowBlock<U> block(job, m0, m1);
+  for (int64_t m = m0; adapter.ln_weight && m < m1; ++m) row_statistics(job, m);
+  reduce<U>(job, job.x, adapter.K, block);
+  for (int64_t i = 0; i < block.rows; ++i) {
+    float* z = block.sums + i * block.lanes;
+    for (int64_t j = 0; j < block.lanes; j += kVec) {
+      const Vec v = vec_load(z + j) + vec_load(job.hidden_bias + j);
+      vec_store(z + j, v);
+      if (job.z) vec_store(job.z, job.z_dtype, (m0 + i) * adapter.r + j, v, adapter.r - j);
+    }
+    activate(adapter.activation, z, adapter.r, block.value, nullptr);
+    for (int64_t j = adapter.r; j < block.lanes; ++j) block.value[j] = 0;
+    store_hidden<U>(block, i, block.value);
+  }
+  const FinishForward<U> finish(job, m0);
+  expand<U>(job, adapter.N, block, finish.direct(), finish);
+}
+
+// Row m of dZ = s mask act'(Z) (dY Wu) from block.sums, its copy for the weight gradients, and what else it yields.
+template <class U>
+void hidden_gradient(const BottleneckJob& job, RowBlock<U>& block, int64_t i) {
+  const Adapter& adapter = job.adapter;
+  const int64_t r = adapter.r, m = block.m0 + i;
+  const float factor = adapter.scaling * job.inverse_keep, gate = adapter.gate ? adapter.gate[m] : 1.0f;
+  float* d = block.sums + i * block.lanes;
+  for (int64_t j = 0; j < block.lanes; j += kVec)
+    vec_store(block.z + j, vec_load(job.saved_z.data, job.saved_z.dtype, m * job.saved_z.ld + j, r - j));
+  activate(adapter.activation, block.z, r, block.value, block.slope);
+  for (int64_t j = r; j < block.lanes; ++j) block.value[j] = block.slope[j] = 0;
+  Vec dot = vec_zero(), c1 = vec_zero(), c2 = vec_zero();
+  for (int64_t j = 0; j < block.lanes; j += kVec) {
+    const Vec value = vec_load(block.value + j), upstream = vec_load(d + j);
+    dot = multiply_add(value, upstream, dot);
+    const Vec dz = upstream * vec_load(block.slope + j) * vec_set(factor * gate);
+    vec_store(d + j, dz);
+    vec_store(block.value + j, value * vec_set(gate));
+    if (!adapter.ln_weight) continue;
+    c1 = multiply_add(dz, vec_load(job.hidden_sum + j), c1);
+    c2 = multiply_add(dz, vec_load(block.z + j) - vec_load(job.hidden_bias + j), c2);
+  }
+  block.c1[i] = vec_sum(c1) / float(adapter.K);
+  block.c2[i] = vec_sum(c2) / float(adapter.K);
+  if (job.gradients.gate) {
+    alignas(64) float mask[kPanelLanes];
+    for (int64_t n = 0; job.gate_bias && n < adapter.N; n += kPanelLanes) {
+      const float* keep = keep_row(job.dy, m, n, kPanelLanes, mask);
+      for (int64_t g = 0; g < kPanelLanes && n + g < adapter.N; g += kVec)
+        dot = multiply_add(read({job.dy.matrix, nullptr, nullptr, job.gate_bias, {}}, m, n + g, adapter.N - n - g,
+                                keep ? keep + g : nullptr),
+                           vec_set(1.0f), dot);
+    }
+    job.gradients.gate[m] = factor * vec_sum(dot);
+  }
+  store_hidden<U>(block, i, d);
+  const int64_t ld = job.ld_columns * U::kElements;
+  for (int64_t j = 0; job.a_columns && j < r; ++j) store_f32(job.a_columns, j * ld + m, U::kDtype, block.value[j]);
+  if (job.a_columns) store_f32(job.a_columns, r * ld + m, U::kDtype, gate);
+  for (int64_t j = 0; job.dz_columns && j < r; ++j) store_f32(job.dz_columns, j * ld + m, U::kDtype, d[j]);
+}
+
+// dx = [layer norm's backward of] the sums, plus dy where the residual is x.
+template <class U>
+struct FinishBackward {
+  const BottleneckJob& job;
+  const RowBlock<U>& block;
+
+  bool direct() const {
+    const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
+    return job.gradients.dx_dtype == U::kDtype && (!job.adapter.ln_weight || x.dtype == U::kDtype) &&
+           (!job.adapter.add_x || dy.dtype == U::kDtype);
+  }
+
+  void begin(int64_t i, int64_t rows, int64_t k) const {
+    const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
+    if (job.adapter.ln_weight) prefetch_tile(x.data, x.dtype, x.ld, block.m0 + i, rows, k);
+    if (job.adapter.add_x) prefetch_tile(dy.data, dy.dtype, dy.ld, block.m0 + i, rows, k);
+    prefetch_tile(job.gradients.dx, job.gradients.dx_dtype, job.adapter.K, block.m0 + i, rows, k);
+  }
+
+  PK_INLINE Vec finish(Vec v, int64_t i, int64_t k, DType x_dtype, DType dy_dtype, int64_t count) const {
+    const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
+    const int64_t m = block.m0 + i;
+    if (job.adapter.ln_weight) {
+      const Vec scale = vec_set(job.x.row_scale[m]);
+      const Vec normal = (vec_load(x.data, x_dtype, m * x.ld + k, count) - vec_set(job.x.subtract[m])) * scale;
+      v = (v - vec_set(block.c1[i]) - normal * vec_set(block.c2[i])) * scale;
+    }
+    return job.adapter.add_x ? v + vec_load(dy.data, dy_dtype, m * dy.ld + k, count) : v;
+  }
+
+  PK_INLINE void whole(Vec (&acc)[kTileRows][4], int64_t i0, int64_t k0) const {
+#pragma GCC unroll 6
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+      for (int g = 0; g < 4; g += 2) {
+        const int64_t k = k0 + g * kVec;
+        const Vec first = finish(acc[i][g], i0 + i, k, U::kDtype, U::kDtype, kVec);
+        const Vec second = finish(acc[i][g + 1], i0 + i, k + kVec, U::kDtype, U::kDtype, kVec);
+        store_pair<U>(job.gradients.dx, (block.m0 + i0 + i) * job.adapter.K + k, first, second);
+      }
+  }
+
+  void part(const float* sums, int64_t i, int64_t rows, int64_t k0) const {
+    for (const int64_t end = i + rows; i < end; ++i, sums += kPanelLanes)
+      for (int64_t g = 0; g < kPanelLanes && k0 + g < job.adapter.K; g += kVec) {
+        const int64_t k = k0 + g, count = job.adapter.K - k;
+        const Vec v = finish(vec_load(sums + g), i, k, job.x.matrix.dtype, job.dy.matrix.dtype, count);
+        vec_store(job.gradients.dx, job.gradients.dx_dtype, (block.m0 + i) * job.adapter.K + k, v, count);
+      }
+  }
+};
+
+template <class U>
+void backward_rows(const BottleneckJob& job, int64_t m0, int64_t m1) {
+  RowBlock<U> block(job, m0, m1);
+  reduce<U>(job, job.dy, job.adapter.N, block);
+  for (int64_t i = 0; i < block.rows; ++i) hidden_gradient<U>(job, block, i);
+  if (!job.gradients.dx) return;
+  const FinishBackward<U> finish{job, block};
+  expand<U>(job, job.adapter.K, block, finish.direct(), finish);
+}
+
+}  // namespace
+}  // namespace peft_kernels

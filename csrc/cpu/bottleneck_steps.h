@@ -1,0 +1,17 @@
+// The steps of bottleneck.cpp for one kind of unit.
+#pragma once
+
+#include "cpu/bottleneck_columns.h"
+#include "cpu/bottleneck_rows.h"
+
+namespace peft_kernels {
+namespace {
+
+template <class U>
+constexpr BottleneckKernels bottleneck_kernels() {
+  return {U::kElements,     pack_items<U>, pack_forward<U>, forward_rows<U>, pack_backward<U>,
+          backward_rows<U>, sum_dz<U>,     up_gradient<U>,  down_gradient<U>};
+}
+
+}  // namespace
+}  // namespace peft_kernels

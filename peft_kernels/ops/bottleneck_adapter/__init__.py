@@ -1,0 +1,1 @@
+"""Bottleneck adapter: down-projection, activation, up-projection, residual."""

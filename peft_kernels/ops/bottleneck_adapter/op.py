@@ -1,0 +1,207 @@
+"""Bottleneck adapter: the public function, its autograd Function and its library operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ... import dispatch
+from ...checks import bad_value, check_device, check_input, check_shape, check_tensor
+from ...dropout import draw_seeds
+from . import reference
+from .activations import canonical
+from .scaling import Factor, parse_scaling
+
+_PARAMETERS = (
+    "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? ln_weight, Tensor? ln_bias, "
+    "Tensor? channel, Tensor? gate"
+)
+_OPTIONS = "bool add_x, str activation, float scaling, float ln_eps, float dropout_p, Tensor? seed"
+_lib = torch.library.Library("peft_kernels", "FRAGMENT")
+_lib.define(
+    f"bottleneck_adapter_forward(Tensor x, Tensor? residual, {_PARAMETERS}, {_OPTIONS}, bool save, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    f"bottleneck_adapter_backward(Tensor dy, Tensor? x, Tensor z, Tensor stats, {_PARAMETERS}, {_OPTIONS}, "
+    "ScalarType x_dtype, bool[] needs, str backend) -> Tensor[]"
+)
+
+
+def bottleneck_adapter(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    *,
+    activation: str = "relu",
+    scaling: Factor | Sequence[Factor] = 1.0,
+    residual: torch.Tensor | None = None,
+    ln_weight: torch.Tensor | None = None,
+    ln_bias: torch.Tensor | None = None,
+    ln_eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> torch.Tensor:
+    """Bottleneck adapter: Y = residual + drop(s * (act(LN(x) Wd^T + bd) Wu^T + bu)).
+
+    Backward, with U the term in parentheses, Z its argument of act, dU = s * mask * dY and dZ = act'(Z) * (dU Wu):
+    dWu = dU^T act(Z), dWd = dZ^T LN(x), dX = LN'(dZ Wd), ds = sum of mask * dY * U over what shares the factor.
+
+    Args:
+        x: (..., K) bfloat16, float16 or float32 (float64 on the reference path); any strides.
+        down_weight: (r, K), down_bias: (r,) or None, up_weight: (N, r), up_bias: (N,) or None; of any floating dtype.
+        activation: relu, gelu, gelu_tanh (gelu_new), silu (swish), leaky_relu (leakyrelu), tanh, sigmoid, relu2, relu6,
+            quick_gelu, mish or identity.
+        scaling: a float; a tensor of one element (a learned scalar) or of shape (N,) (one per channel); a tensor that
+            broadcasts to (..., 1) (a gate per row, DropPath); or a sequence of these, which are multiplied.
+        residual: (..., N) of any floating dtype, or None for none. It may be x itself, which then is read once.
+        ln_weight: (K,) to apply layer norm with ln_eps to x first, ln_bias: (K,) or None.
+        dropout_p: probability of zeroing an element of the scaled up-projection while `training`. The mask is
+            regenerated in backward from one seed of torch's generator, never stored.
+
+    Returns:
+        Tensor: (..., N) of x's dtype (promoted with the residual's), accumulated in float32. Under autocast, x and
+        both weights are cast to the autocast dtype first.
+
+    Saved for backward: x (only where its gradient with layer norm or a gradient of the down-projection is needed), Z
+    (tokens, r) in the dtype that x and down_weight promote to, and with layer norm mean and 1/std of every row.
+
+    Raises:
+        TypeError: an argument is no tensor, number or name. ValueError: a shape, dtype, device, activation or
+        probability does not fit. BackendError: the backend asked for by name cannot run this call.
+
+    Source: Houlsby et al., arXiv:1902.00751, section 2.1; Pfeiffer et al., arXiv:2005.00247; He et al.,
+    arXiv:2110.04366, equation 4 and table 1 (parallel and scaled); Steitz and Roth, arXiv:2406.06820 (Adapter+).
+    """
+    activation = canonical(activation)
+    residual_is_x = residual is x
+    parameters = {
+        "down_weight": down_weight,
+        "down_bias": down_bias,
+        "up_weight": up_weight,
+        "up_bias": up_bias,
+        "ln_weight": ln_weight,
+        "ln_bias": ln_bias,
+    }
+    out_features = _check(x, parameters, residual, dropout_p)
+    constant, channel, gate = parse_scaling(scaling, x, out_features)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        residual_is_x = residual_is_x and x.dtype == dtype
+        x, down_weight, up_weight = x.to(dtype), down_weight.to(dtype), up_weight.to(dtype)
+    tensors = (down_weight, down_bias, up_weight, up_bias, ln_weight, ln_bias, channel, gate)
+    given = [t for t in (residual, *tensors) if t is not None]
+    backend = dispatch.choose("bottleneck_adapter", x.device, (x.dtype, *(t.dtype for t in given)))
+    p = float(dropout_p) if training else 0.0
+    if backend == "reference":
+        return reference.bottleneck_adapter(
+            x, down_weight, down_bias, up_weight, up_bias, activation=activation, scaling=scaling, residual=residual,
+            ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, dropout_p=p,
+        )  # fmt: skip
+    rows = x.reshape(-1, x.shape[-1])
+    added = None if residual is None or residual_is_x else residual.reshape(-1, out_features)
+    options = (residual_is_x, activation, constant, float(ln_eps), p, draw_seeds([p], x.device))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given)):
+        y = _BottleneckAdapter.apply(options, backend, rows, added, *tensors)
+    else:
+        y, _, _ = torch.ops.peft_kernels.bottleneck_adapter_forward(rows, added, *tensors, *options, False, backend)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _check(x: torch.Tensor, parameters: dict[str, Any], residual: Any, dropout_p: float) -> int:
+    """N of parameters that fit x and residual."""
+    check_tensor("down_weight", parameters["down_weight"], 2)
+    check_tensor("up_weight", parameters["up_weight"], 2)
+    rank, in_features = parameters["down_weight"].shape
+    out_features = parameters["up_weight"].shape[0]
+    check_input(x, in_features)
+    if rank < 1:
+        raise bad_value("down_weight", "a bottleneck of at least 1", rank, "Drop the adapter instead.")
+    if parameters["ln_weight"] is None and parameters["ln_bias"] is not None:
+        raise bad_value("ln_bias", "None without ln_weight", "a tensor", "Pass ln_weight too.")
+    shapes = {
+        "down_weight": (rank, in_features),
+        "down_bias": (rank,),
+        "up_weight": (out_features, rank),
+        "up_bias": (out_features,),
+        "ln_weight": (in_features,),
+        "ln_bias": (in_features,),
+        "residual": (*x.shape[:-1], out_features),
+    }
+    for name, tensor in (parameters | {"residual": residual}).items():
+        if tensor is not None:
+            check_tensor(name, tensor)
+            check_shape(name, tensor, shapes[name])
+            check_device(name, tensor, x.device)
+    if not 0 <= dropout_p <= 1:
+        raise bad_value("dropout_p", "a probability from 0 to 1", dropout_p, "Check the adapter's configuration.")
+    return out_features
+
+
+class _BottleneckAdapter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, options: tuple, backend: str, x: torch.Tensor, residual: Any, *tensors: Any):
+        y, z, stats = torch.ops.peft_kernels.bottleneck_adapter_forward(x, residual, *tensors, *options, True, backend)
+        need = ctx.needs_input_grad
+        keep_x = need[4] or tensors[4] is not None
+        *kept, seed = options
+        ctx.save_for_backward(x if keep_x else None, z, stats, seed, *tensors)
+        ctx.options, ctx.backend, ctx.x_dtype = tuple(kept), backend, x.dtype
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor):
+        x, z, stats, seed, *tensors = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        needs = [need[2], *need[4:]]
+        grads: list[Any] = [None] * len(needs)
+        if any(needs):
+            grads = torch.ops.peft_kernels.bottleneck_adapter_backward(
+                dy, x, z, stats, *tensors, *ctx.options, seed, ctx.x_dtype, needs, ctx.backend
+            )
+        dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+        return None, None, dx, dy.to(ctx.residual_dtype) if need[3] else None, *rest
+
+
+@torch.library.impl(_lib, "bottleneck_adapter_forward", "CompositeExplicitAutograd")
+def _forward(x, residual, *rest):
+    *arguments, save, backend = rest
+    if x.shape[0] == 0:
+        return _forward_fake(x, residual, *rest)
+    return dispatch.implementation("bottleneck_adapter", backend).forward(x, residual, *arguments, save)
+
+
+@torch.library.register_fake("peft_kernels::bottleneck_adapter_forward", lib=_lib)
+def _forward_fake(x, residual, down_weight, down_bias, up_weight, up_bias, ln_weight, *rest):
+    save, rows = rest[-2], x.shape[0]
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    z_shape = (rows, down_weight.shape[0]) if save else (0,)
+    stats_shape = (2, rows) if save and ln_weight is not None else (0,)
+    return (
+        x.new_empty((rows, up_weight.shape[0]), dtype=dtype),
+        x.new_empty(z_shape, dtype=torch.promote_types(x.dtype, down_weight.dtype)),
+        x.new_empty(stats_shape, dtype=torch.float32),
+    )
+
+
+@torch.library.impl(_lib, "bottleneck_adapter_backward", "CompositeExplicitAutograd")
+def _backward(dy, *rest):
+    *arguments, backend = rest
+    if dy.shape[0] == 0:
+        return [out.zero_() for out in _backward_fake(dy, *rest)]
+    return dispatch.implementation("bottleneck_adapter", backend).backward(dy, *arguments)
+
+
+@torch.library.register_fake("peft_kernels::bottleneck_adapter_backward", lib=_lib)
+def _backward_fake(dy, x, z, stats, down_weight, *rest):
+    """dx, then a gradient like each parameter; empty where not needed."""
+    tensors, (x_dtype, needs, _) = (down_weight, *rest[:7]), rest[-3:]
+    dx = dy.new_empty((dy.shape[0], down_weight.shape[1]) if needs[0] else (0,), dtype=x_dtype)
+    grads = [t.new_empty(t.shape) if needed else dy.new_empty(0) for t, needed in zip(tensors, needs[1:], strict=True)]
+    return [dx, *grads]
