@@ -1,24 +1,31 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv and build the native core first.
 #
 # PYTHON  the Python to make .venv from (3.10 or later)
-# PYTEST  more arguments for pytest, for example PYTEST="-k lora -x"
+# PYTEST  more arguments for pytest, for example PYTEST="-k lora -x"; `make test` then leaves out `test-adapters`
 # OUT, MINUTES  of `make gpu-check`
 
 PYTHON ?= python3
 PYTEST ?=
 PY := .venv/bin/python
+ADAPTERS := build/adapters
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export PEFT_KERNELS_BUILD ?= cpu
 
-.PHONY: demo test lint bench gpu-check build sanitize clean
+.PHONY: demo test test-adapters lint bench gpu-check build sanitize clean
 
 demo: build
 	$(PY) -m bench.demo
 
-test: build
+test: build $(if $(PYTEST),,$(ADAPTERS)/installed)
 	$(PY) -m pytest $(PYTEST)
+	$(if $(PYTEST),,$(MAKE) test-adapters)
+
+# The `adapters` library needs an older transformers than the rest: both lie in a directory of their own that comes
+# before .venv's packages, so that torch and everything else is shared.
+test-adapters: build $(ADAPTERS)/installed
+	PYTHONPATH=$(ADAPTERS) $(PY) -m pytest tests/adapters_env $(PYTEST)
 
 lint: .venv/installed
 	$(PY) -m ruff check .
@@ -55,6 +62,11 @@ clean:
 
 .venv/built: .venv/installed setup.py $(NATIVE)
 	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+$(ADAPTERS)/installed: .venv/installed tests/adapters_env/requirements.txt
+	rm -rf $(ADAPTERS)
+	$(PY) -m pip install --quiet --no-deps --target $(ADAPTERS) --requirement tests/adapters_env/requirements.txt
 	touch $@
 
 # torch first and alone, so that a CPU build of it is taken where the package index has one: it leaves triton to us,

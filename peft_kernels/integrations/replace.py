@@ -40,6 +40,8 @@ REGISTRY: dict[str, tuple[str, str]] = {
     "peft.peft_model.PeftModelForTokenClassification": ("hf_prompt", "FusedPeftModelForTokenClassification"),
     "peft.tuners.adaption_prompt.layer.AdaptedAttention": ("hf_adaption_prompt", "FusedAdaptedAttention"),
     "peft.tuners.adaption_prompt.layer.AdaptedAttentionGPT": ("hf_adaption_prompt", "FusedAdaptedAttentionGPT"),
+    "adapters.methods.modeling.Adapter": ("adapters", "FusedAdapter"),
+    "adapters.methods.modeling.ParallelAdapter": ("adapters", "FusedParallelAdapter"),
 }
 
 # The fused 4-bit layers, exactly (not subclasses of them): what an adapter layer may read the weight of.
@@ -59,11 +61,11 @@ def replace_layers(
 
     Served are Hugging Face PEFT's LoRA and IA³ layers over nn.Linear and over bitsandbytes' Linear4bit, bitsandbytes'
     Linear4bit itself, the layers of prepare_bitfit and prepare_scale_bias, PEFT models with prefix-tuning, P-tuning or
-    prompt tuning, and PEFT's LLaMA-Adapter layers. A model with a prefix or with LLaMA-Adapter also gets `peft_kernels`
-    as its attention function in place of `sdpa`. Parameters, state-dict keys, hooks and every method but `forward` (for
-    a prefix `get_prompt`) stay as they are; a call that has no kernel (DoRA, adapter_names, hooks on inner modules)
-    goes to the old forward, and `peft_kernels.explain` says why. Calling it again, for instance after adding adapters
-    to further layers, replaces only what is new.
+    prompt tuning, PEFT's LLaMA-Adapter layers, and the bottleneck adapters of the `adapters` library. A model with a
+    prefix or with LLaMA-Adapter also gets `peft_kernels` as its attention function in place of `sdpa`. Parameters,
+    state-dict keys, hooks and every method but `forward` (for a prefix `get_prompt`) stay as they are; a call that has
+    no kernel (DoRA, adapter_names, hooks on inner modules) goes to the old forward, and `peft_kernels.explain` says
+    why. Calling it again, for instance after adding adapters to further layers, replaces only what is new.
 
     Args:
         model: any module, a single layer too.

@@ -76,7 +76,8 @@ class ReplacementReport:
             head += f"; {counts['base']} 4-bit base layers went with their adapter layers"
         rows = [entry for entry in self.entries if entry.status != "base"]
         if not rows:
-            return f"{head} (no Hugging Face PEFT adapter layer and no bitsandbytes 4-bit layer was found)"
+            none = "no Hugging Face PEFT adapter layer, no bitsandbytes 4-bit layer and no bottleneck adapter was found"
+            return f"{head} ({none})"
         notes = {f"not {backend}: {why}" for entry in rows for backend, why in entry.passed_over}
         return "\n".join([head, *_columns(("layer", "class", "kernel, or why not"), _grouped(rows)), *sorted(notes)])
 
