@@ -8,6 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
 from peft_kernels import dispatch
+from peft_kernels.ops.gated_prompt_attention.native_calls import takes_keys
+from peft_kernels.ops.prefix_attention import library
 from peft_kernels.testing import assert_within_budget
 
 OP = "gated_prompt_attention"
@@ -99,15 +101,43 @@ def test_closed_gate_is_torch_bit_for_bit(shape, dtype):
     base = F.scaled_dot_product_attention(*leaves, is_causal=is_causal, enable_gqa=case.q.shape[1] != case.k.shape[1])
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(ours["y"].view(bits), base.view(bits))
-    for name, gradient in zip("qkv", torch.autograd.grad(base, leaves, case.dy), strict=True):
-        assert torch.equal(ours[f"d{name}"], gradient)
+    if not takes_keys(case.q, case.k, case.v, None):  # else they are ours: test_own_backward_over_the_keys
+        for name, gradient in zip("qkv", torch.autograd.grad(base, leaves, case.dy), strict=True):
+            assert torch.equal(ours[f"d{name}"], gradient)
     assert not ours["dprompt_k"].any() and not ours["dprompt_v"].any()
     assert torch.equal(ours["dgate"], open_gate["dgate"]) and (ours["dgate"] != 0).all()
 
 
+@pytest.mark.parametrize("shape", ["primes", "grouped", "llama"])
+def test_own_backward_over_the_keys(shape, monkeypatch):
+    """torch differentiates no attention, its forward stays bit for bit, and all gradients are within the budget."""
+    case = Case(SHAPES[shape], torch.bfloat16, is_causal=True)
+    if dispatch.why_not(OP, "native", case.q.device, ()) or not takes_keys(case.q, case.k, case.v, None):
+        pytest.skip("torch's own backward is taken here")
+    with torch.no_grad():  # there SDPA is called itself
+        expected = pk.functional.gated_prompt_attention(*case.arguments(), **case.options)
+    case.check("native")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    ours = case.run(pk.functional.gated_prompt_attention)
+    assert torch.equal(ours["y"], expected)
+    case.gate = torch.zeros_like(case.gate)
+    closed = case.run(pk.functional.gated_prompt_attention)
+    assert torch.equal(closed["dk"], ours["dk"]) and torch.equal(closed["dv"], ours["dv"])
+    assert not torch.equal(closed["dq"], ours["dq"])  # the prompt's part is added to it
+
+
+def test_flash_switched_off_is_respected():
+    """Then torch's attention is another kernel, of which we have no log-sum-exp."""
+    case = Case(SHAPES["grouped"], torch.bfloat16, is_causal=True)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert not takes_keys(case.q, case.k, case.v, None)
+    assert not takes_keys(case.q, case.k.mT.contiguous().mT, case.v, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wanted", NAMES)
-def test_only_what_needs_a_gradient(backend, wanted):
-    case = Case(SHAPES["grouped"], torch.float32, is_causal=True)
+def test_only_what_needs_a_gradient(backend, wanted, dtype):
+    case = Case(SHAPES["grouped"], dtype, is_causal=True)
     every = case.run(pk.functional.gated_prompt_attention)
     leaves = [t.detach().requires_grad_(name == wanted) for name, t in zip(NAMES, case.arguments(), strict=True)]
     pk.functional.gated_prompt_attention(*leaves, **case.options).backward(case.dy)
@@ -158,8 +188,10 @@ def test_library_ops(per_sample):
     torch.library.opcheck(forward, (base, *shared, 0.1, "native"))
     _, lse = forward(base, *shared, 0.1, "native")
     backward = torch.ops.peft_kernels.gated_prompt_attention_backward.default
+    base, base_lse = library.forward(case.q, case.k, case.v, None, False, 0.1)
     for needs in ([True] * 3, [False, True, False], [True, False, True]):
-        torch.library.opcheck(backward, (case.dy, *shared, lse, 0.1, needs, "native"))
+        for keys in ([], [case.k, case.v, base, base_lse.contiguous()]):
+            torch.library.opcheck(backward, (case.dy, *shared, lse, keys, False, 0.1, needs, "native"))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ... import dispatch
+from ..prefix_attention import library
 from ..prefix_attention.arguments import (
     additive_mask,
     autocast,
@@ -18,6 +19,7 @@ from ..prefix_attention.arguments import (
     rows_of_heads,
 )
 from . import reference
+from .native_calls import takes_keys
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define(
@@ -26,7 +28,7 @@ _lib.define(
 )
 _lib.define(
     "gated_prompt_attention_backward(Tensor dy, Tensor q, Tensor prompt_k, Tensor prompt_v, Tensor gate, Tensor lse, "
-    "float scale, bool[] needs, str backend) -> Tensor[]"
+    "Tensor[] keys, bool is_causal, float scale, bool[] needs, str backend) -> Tensor[]"
 )
 
 
@@ -82,36 +84,52 @@ def gated_prompt_attention(
     if attn_mask is not None and is_causal:
         attn_mask = additive_mask(attn_mask, True, q.shape[2], k.shape[2], q.dtype, q.device)
         is_causal = False
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    train = torch.is_grad_enabled()
+    own = train and backend == "native" and any(t.requires_grad for t in (q, k, v))
+    if own and takes_keys(q, k, v, attn_mask):
+        return _GatedPromptAttention.apply(None, q, k, v, prompt_k, prompt_v, gate, is_causal, factor, backend)
     base = F.scaled_dot_product_attention(
         q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    arguments = (base, q, prompt_k, prompt_v, gate, scale, backend)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:5]):
-        return _GatedPromptAttention.apply(*arguments)
-    return torch.ops.peft_kernels.gated_prompt_attention_forward(*arguments)[0]
+    tensors = (prompt_k, prompt_v, gate)
+    if train and any(t.requires_grad for t in (base, q, *tensors)):
+        return _GatedPromptAttention.apply(base, q, None, None, *tensors, is_causal, factor, backend)
+    return torch.ops.peft_kernels.gated_prompt_attention_forward(base, q, *tensors, factor, backend)[0]
 
 
 class _GatedPromptAttention(torch.autograd.Function):
+    """Of the prompt alone, given base; or, given k and v, of the attention over the keys too.
+
+    That attention is torch's either way, bit for bit: only its backward is the backend's own.
+    """
+
     @staticmethod
-    def forward(ctx: Any, base: torch.Tensor, *arguments: Any):
-        out, lse = torch.ops.peft_kernels.gated_prompt_attention_forward(base, *arguments)
-        *tensors, ctx.scale, ctx.backend = arguments
-        ctx.save_for_backward(*tensors, lse)
+    def forward(ctx: Any, base: Any, q: torch.Tensor, k: Any, v: Any, *arguments: Any):
+        *prompt, ctx.is_causal, ctx.scale, ctx.backend = arguments
+        keys: tuple = ()
+        if base is None:
+            base, base_lse = library.forward(q, k, v, None, ctx.is_causal, ctx.scale)
+            keys = k, v, base, base_lse.contiguous()
+        out, lse = torch.ops.peft_kernels.gated_prompt_attention_forward(base, q, *prompt, ctx.scale, ctx.backend)
+        ctx.save_for_backward(q, *prompt, lse, *keys)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
-        need = ctx.needs_input_grad[:5]
-        grads = [None] * 4
-        if any(need[1:]):
-            needs = [need[1], need[2] or need[3], need[4]]
-            grads = torch.ops.peft_kernels.gated_prompt_attention_backward(
-                dy, *ctx.saved_tensors, ctx.scale, needs, ctx.backend
+        need_base, *need = ctx.needs_input_grad[:7]
+        q, prompt_k, prompt_v, gate, lse, *keys = ctx.saved_tensors
+        dq = dprompt_k = dprompt_v = dgate = dk = dv = None
+        if any(need):
+            needs = [need[0], need[3] or need[4], need[5]]
+            dq, dprompt_k, dprompt_v, dgate, *dkeys = torch.ops.peft_kernels.gated_prompt_attention_backward(
+                dy, q, prompt_k, prompt_v, gate, lse, keys, ctx.is_causal, ctx.scale, needs, ctx.backend
             )
-        wanted = (grad if flag else None for grad, flag in zip(grads, need[1:], strict=True))
-        return dy if need[0] else None, *wanted, None, None
+            dk, dv = dkeys or (None, None)
+        grads = (dq, dk, dv, dprompt_k, dprompt_v, dgate)
+        wanted = (grad if flag else None for grad, flag in zip(grads, need, strict=True))
+        return dy if need_base else None, *wanted, None, None, None
 
 
 @torch.library.impl(_lib, "gated_prompt_attention_forward", "CompositeExplicitAutograd")
@@ -131,20 +149,27 @@ def _forward_fake(base, q, prompt_k, prompt_v, gate, scale, backend):
 
 
 @torch.library.impl(_lib, "gated_prompt_attention_backward", "CompositeExplicitAutograd")
-def _backward(dy, q, prompt_k, prompt_v, gate, lse, scale, needs, backend):
-    outs = _backward_fake(dy, q, prompt_k, prompt_v, gate, lse, scale, needs, backend)
+def _backward(dy, q, prompt_k, prompt_v, gate, lse, keys, is_causal, scale, needs, backend):
+    outs = _backward_fake(dy, q, prompt_k, prompt_v, gate, lse, keys, is_causal, scale, needs, backend)
     if q.numel() == 0:
         return [out.zero_() for out in outs]
+    implementation = dispatch.implementation("gated_prompt_attention", backend)
     gates = gate.float().expand(q.shape[1]).contiguous()
-    dprompt_k, dprompt_v, dgates = dispatch.implementation("gated_prompt_attention", backend).backward(
-        dy, q, prompt_k, prompt_v, None, lse, gates, scale, outs[0] if needs[0] else None, needs[1]
+    dq, options, dkeys = outs[0], {}, ()
+    if keys:
+        k, v, base, base_lse = keys
+        dq, *dkeys = implementation.keys_backward(dy, q, k, v, base, base_lse, None, is_causal, scale)
+        options = {"add_dq": True}
+    dprompt_k, dprompt_v, dgates = implementation.backward(
+        dy, q, prompt_k, prompt_v, None, lse, gates, scale, dq if needs[0] else None, needs[1], **options
     )
     dgate = (dgates if gate.numel() > 1 else dgates.sum(0, keepdim=True)).to(gate.dtype)
-    return [outs[0], dprompt_k, dprompt_v, dgate if needs[2] else outs[3]]
+    return [dq if needs[0] else outs[0], dprompt_k, dprompt_v, dgate if needs[2] else outs[3], *dkeys]
 
 
 @torch.library.register_fake("peft_kernels::gated_prompt_attention_backward", lib=_lib)
-def _backward_fake(dy, q, prompt_k, prompt_v, gate, lse, scale, needs, backend):
-    dq = torch.empty_like(q) if needs[0] else q.new_empty(0)
+def _backward_fake(dy, q, prompt_k, prompt_v, gate, lse, keys, is_causal, scale, needs, backend):
+    dq = (library.token_major(q) if keys else torch.empty_like(q)) if needs[0] else q.new_empty(0)
     dprompts = [p.new_empty(p.shape if needs[1] else 0) for p in (prompt_k, prompt_v)]
-    return [dq, *dprompts, gate.new_empty(gate.shape if needs[2] else 0)]
+    dkeys = [library.token_major(t) for t in keys[:2]]
+    return [dq, *dprompts, gate.new_empty(gate.shape if needs[2] else 0), *dkeys]

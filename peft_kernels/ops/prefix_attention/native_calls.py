@@ -24,7 +24,7 @@ def keys_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp (B, H, L) of attention over the keys; see `library.forward`."""
-    if not _own_keys(q, k, mask):
+    if not own_keys(q, k, mask):
         out, lse = library.forward(q, k, v, mask, is_causal, scale)
         return out, lse.contiguous()
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -44,19 +44,25 @@ def keys_backward(
     scale: float,
 ) -> library.Triple:
     """dq (its part over the keys), dk and dv; see `library.backward`."""
-    if not _own_keys(q, k, mask):
+    if not own_keys(q, k, mask):
         return library.backward(dy, q, k, v, out, lse, mask, is_causal, scale)
     dq, dk, dv = (library.token_major(t) for t in (q, k, v))
     _backward(dy, q, k, v, out, lse, None, scale, dq, False, dk, dv, is_causal)
     return dq, dk, dv
 
 
-def _own_keys(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> bool:
+def own_keys(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether our kernel takes the keys too, each sample's as a prompt of its own."""
-    measured = q.dtype == torch.bfloat16 and native.core().isa() == "avx512bf16" and not _has_amx()
-    if not measured or mask is not None or k.shape[2] == 0:
+    if mask is not None or k.shape[2] == 0 or not _measured(q.dtype):
         return False
     return k.shape[2] <= _OWN_KEYS if q.shape[2] > 1 else q.shape[1] == k.shape[1]
+
+
+def _measured(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and native.core().isa() == "avx512bf16" and not _has_amx()
+
+
+_measured._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch: its argument is a constant
 
 
 @functools.cache
@@ -107,14 +113,18 @@ def backward(
     scale: float,
     dq: torch.Tensor | None,
     need_prompts: bool,
+    *,
+    add_dq: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dprompt_k, dprompt_v, dgate (H,) float32 or None), the first two empty unless needed; lse as `forward` left it.
 
-    Without a gate, `out` is the forward's and the prompts' part is added to dq; with one, dq is written.
+    Without a gate, `out` is the forward's and the prompts' part is added to dq; with one, dq is written, or added
+    to where `add_dq`.
     """
     dprompts = [p.new_empty(p.shape if need_prompts else 0) for p in (prompt_k, prompt_v)]
     dk, dv = dprompts if need_prompts else (None, None)
-    dgate = _backward(dy, q, prompt_k, prompt_v, out, lse, gate, scale, dq, gate is None, dk, dv, False)
+    add_dq = add_dq or gate is None
+    dgate = _backward(dy, q, prompt_k, prompt_v, out, lse, gate, scale, dq, add_dq, dk, dv, False)
     return dprompts[0], dprompts[1], dgate
 
 

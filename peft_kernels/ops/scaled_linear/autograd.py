@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,22 +29,39 @@ def apply(
     is_feedforward: bool,
     backend: str,
 ) -> torch.Tensor:
-    """x (M, K) -> y (M, N), with a gradient where one is needed."""
-    parts, meta = split_base(weight)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, scale, *parts)):
-        return _ScaledLinear.apply((meta, is_feedforward, backend), x, bias, scale, *parts)
-    return torch.ops.peft_kernels.scaled_linear_forward(x, parts, meta, bias, scale, is_feedforward, False, backend)[0]
+    """x (..., K) -> y (..., N), with a gradient where one is needed; scale: (n,), (n, 1) or (1, n)."""
+    dense = isinstance(weight, torch.Tensor)
+    leaves = (x, bias, scale, weight if isinstance(weight, torch.Tensor) else None)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        parts, meta = split_base(weight) if dense or torch.compiler.is_compiling() else ([], [])
+        return _ScaledLinear.apply((None if parts else weight, meta, is_feedforward, backend), x, bias, scale, *parts)
+    scale = None if scale is None else scale.reshape(-1)
+    return _run_forward(x, weight, bias, scale, is_feedforward, False, backend)[0]
+
+
+def _run_forward(x, weight, bias, scale, is_feedforward, keep, backend):
+    options = bias, scale, is_feedforward, keep, backend
+    if dispatch.observed(x, bias, scale, weight if isinstance(weight, torch.Tensor) else weight.packed):
+        return torch.ops.peft_kernels.scaled_linear_forward(x, *split_base(weight), *options)
+    return _forward(x, weight, *options)
 
 
 class _ScaledLinear(torch.autograd.Function):
+    """static: (4-bit weight or None, meta, is_feedforward, backend).
+
+    A 4-bit weight comes as its parts where the compiler has to see them; else as it is, and nothing of it is saved.
+    """
+
     @staticmethod
     def forward(ctx: Any, static: tuple, x: torch.Tensor, bias: Any, scale: Any, *parts: torch.Tensor):
-        meta, is_feedforward, backend = static
-        train_scale, train_weight = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        weight, meta, is_feedforward, backend = static
+        train_scale, train_weight = ctx.needs_input_grad[3], bool(parts) and ctx.needs_input_grad[4]
         keep = train_scale and not is_feedforward
-        y, unscaled = torch.ops.peft_kernels.scaled_linear_forward(
-            x, parts, meta, bias, scale, is_feedforward, keep, backend
-        )
+        ctx.scale_shape = None if scale is None else scale.shape
+        scale = None if scale is None else scale.reshape(-1)
+        if weight is None:
+            weight = join_base(list(parts), meta)
+        y, unscaled = _run_forward(x, weight, bias, scale, is_feedforward, keep, backend)
         keep_x = train_weight or (train_scale and is_feedforward)
         ctx.save_for_backward(x if keep_x else None, unscaled if keep else None, scale, *parts)
         ctx.static, ctx.bias_dtype = static, None if bias is None else bias.dtype
@@ -52,62 +70,86 @@ class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
-        meta, is_feedforward, backend = ctx.static
+        weight, meta, is_feedforward, backend = ctx.static
         x, unscaled, scale, *parts = ctx.saved_tensors
-        _, *needs, need_weight = ctx.needs_input_grad[:5]
-        dx, dbias, dscale = torch.ops.peft_kernels.scaled_linear_backward(
-            dy.contiguous(), x if is_feedforward else unscaled, parts, meta, scale, is_feedforward, needs, backend
-        )
+        _, *needs = ctx.needs_input_grad[:4]
+        if weight is None:
+            weight = join_base(parts, meta)
+        dy = dy.contiguous()
+        options = scale, is_feedforward, needs, backend
+        saved = x if is_feedforward else unscaled
+        if dispatch.observed(dy, saved, scale):
+            outs = torch.ops.peft_kernels.scaled_linear_backward(dy, saved, *split_base(weight), *options)
+        else:
+            outs = _backward(dy, saved, weight, *options)
+        dx, dbias, dscale = (out if need else None for out, need in zip(outs, needs, strict=True))
         scales_output = scale is not None and not is_feedforward
-        if needs[1]:
+        if dbias is not None:
             dbias = (dbias * scale if scales_output else dbias).to(ctx.bias_dtype)
-        dweight = None
-        if need_weight:
+        if dscale is not None:
+            dscale = dscale.to(scale.dtype).view(ctx.scale_shape)
+        dparts: list = [None] * len(parts)
+        if parts and ctx.needs_input_grad[4]:
             rows = (x * scale).to(x.dtype) if is_feedforward else x
-            dweight = (dy * scale if scales_output else dy).to(x.dtype).t() @ rows
-        return (
-            None,
-            dx if needs[0] else None,
-            dbias if needs[1] else None,
-            dscale.to(scale.dtype) if needs[2] else None,
-            dweight,
-            *(None for _ in parts[1:]),
-        )
+            upstream = (dy * scale if scales_output else dy).to(x.dtype)
+            dparts[0] = _rows(upstream).t() @ _rows(rows)
+        return None, dx, dbias, dscale, *dparts
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """(..., n) -> (M, n); not by -1, which is ambiguous where n = 0."""
+    return t if t.ndim == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _forward(x, weight, bias, scale, is_feedforward, keep, backend):
+    n = weight.shape[0]
+    if x.numel() == 0:
+        y = x.new_zeros((*x.shape[:-1], n))
+        y = y if bias is None else y + bias.to(y.dtype)
+        unscaled = _rows(y) if keep else x.new_empty(0)
+        return (y * scale).to(y.dtype) if scale is not None and not is_feedforward else y, unscaled
+    implementation = dispatch.implementation("scaled_linear", backend)
+    y, unscaled = implementation.forward(_rows(x), weight, bias, scale, is_feedforward, keep)
+    if x.ndim != 2:
+        y.resize_(*x.shape[:-1], n)  # unlike a view, it may be changed in place after autograd has seen it
+    return y, x.new_empty(0) if unscaled is None else unscaled
 
 
 @torch.library.impl(_lib, "scaled_linear_forward", "CompositeExplicitAutograd")
-def _forward(x, parts, meta, bias, scale, is_feedforward, keep, backend):
-    if x.numel() == 0:
-        y = x.new_zeros(x.shape[0], join_base(parts, meta).shape[0])
-        y = y if bias is None else y + bias.to(y.dtype)
-        return (y * scale).to(y.dtype) if scale is not None and not is_feedforward else y, y if keep else x.new_empty(0)
-    implementation = dispatch.implementation("scaled_linear", backend)
-    y, unscaled = implementation.forward(x, join_base(parts, meta), bias, scale, is_feedforward, keep)
-    return y, x.new_empty(0) if unscaled is None else unscaled
+def _forward_op(x, parts, meta, *args):
+    return _forward(x, join_base(parts, meta), *args)
 
 
 @torch.library.register_fake("peft_kernels::scaled_linear_forward", lib=_lib)
 def _forward_fake(x, parts, meta, bias, scale, is_feedforward, keep, backend):
-    shape = (x.shape[0], join_base(parts, meta).shape[0])
-    return x.new_empty(shape), x.new_empty(shape if keep else 0)
+    n = join_base(parts, meta).shape[0]
+    unscaled = (math.prod(x.shape[:-1]), n) if keep else (0,)
+    return x.new_empty((*x.shape[:-1], n)), x.new_empty(unscaled)
+
+
+def _backward(dy, saved, weight, scale, is_feedforward, needs, backend):
+    n, k = weight.shape
+    if dy.numel() == 0:
+        return tuple(out.zero_() for out in _gradients(dy, n, k, is_feedforward, needs))
+    run = dispatch.implementation("scaled_linear", backend).backward
+    dx, *sums = run(_rows(dy), None if saved is None else _rows(saved), weight, scale, is_feedforward, *needs)
+    if dx is not None and dy.ndim != 2:
+        dx.resize_(*dy.shape[:-1], k)
+    return tuple(dy.new_empty(0) if result is None else result for result in (dx, *sums))
 
 
 @torch.library.impl(_lib, "scaled_linear_backward", "CompositeExplicitAutograd")
-def _backward(dy, saved, parts, meta, scale, is_feedforward, needs, backend):
-    weight = join_base(parts, meta)
-    if dy.shape[0] == 0:
-        return tuple(
-            out.zero_() for out in _backward_fake(dy, saved, parts, meta, scale, is_feedforward, needs, backend)
-        )
-    results = dispatch.implementation("scaled_linear", backend).backward(
-        dy, saved, weight, scale, is_feedforward, *needs
-    )
-    return tuple(dy.new_empty(0) if result is None else result for result in results)
+def _backward_op(dy, saved, parts, meta, *args):
+    return _backward(dy, saved, join_base(parts, meta), *args)
 
 
 @torch.library.register_fake("peft_kernels::scaled_linear_backward", lib=_lib)
 def _backward_fake(dy, saved, parts, meta, scale, is_feedforward, needs, backend):
-    n, k = join_base(parts, meta).shape
-    dx = dy.new_empty((dy.shape[0], k) if needs[0] else 0)
+    return _gradients(dy, *join_base(parts, meta).shape, is_feedforward, needs)
+
+
+def _gradients(dy, n, k, is_feedforward, needs):
+    """Uninitialized dx, sums of dy and gradient of the scale; empty what is not needed."""
+    dx = dy.new_empty((*dy.shape[:-1], k) if needs[0] else (0,))
     sums = (n if needs[1] else 0, (k if is_feedforward else n) if needs[2] else 0)
     return dx, *(dy.new_empty(length, dtype=torch.float32 if length else dy.dtype) for length in sums)

@@ -119,6 +119,4 @@ def _scaled_linear(
     backend = dispatch.choose("scaled_linear", x.device, (x.dtype, *(t.dtype for t in (bias, scale) if t is not None)))
     if backend == "reference":
         return reference.scaled_linear(x, weight, bias, scale, is_feedforward)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1, which is ambiguous where K = 0
-    y = apply(rows, weight, bias, scale, is_feedforward, backend)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return apply(x, weight, bias, scale, is_feedforward, backend)

@@ -44,6 +44,7 @@ def scaled_linear(
     is_feedforward: bool,
 ) -> torch.Tensor:
     """What the three have in common: one product, its input or its output scaled, in x's dtype between the steps."""
+    scale = None if scale is None else scale.reshape(-1)
     w = dequantize_reference(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
     if scale is not None and is_feedforward:
         x = (x * scale).to(x.dtype)

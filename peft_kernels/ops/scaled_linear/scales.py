@@ -14,7 +14,7 @@ from ...checks import bad_value, check_tensor
 def combined_scale(
     scale: torch.Tensor | Sequence[torch.Tensor], shape: Sequence[int], is_feedforward: bool
 ) -> torch.Tensor:
-    """The product of the vectors, (N,) or for a feed-forward layer (K,), with a gradient to each of them."""
+    """One vector as it is, or the product of several, (N,) or for a feed-forward layer (K,), with gradients to each."""
     features = shape[1] if is_feedforward else shape[0]
     allowed = ((features,), (1, features)) if is_feedforward else ((features,), (features, 1))
     single = isinstance(scale, torch.Tensor)
@@ -28,4 +28,6 @@ def combined_scale(
             kind = "scales the input" if is_feedforward else "scales the output"
             remedy = f"It {kind} of a weight {tuple(shape)}; see is_feedforward."
             raise bad_value(name, f"shape {allowed[0]} or {allowed[1]}", tuple(vector.shape), remedy)
+    if len(vectors) == 1:
+        return vectors[0]
     return functools.reduce(operator.mul, (vector.reshape(-1) for vector in vectors))
