@@ -18,6 +18,9 @@ from peft_kernels.triton_common import aot
 
 # Kernels whose work is a matrix product; those that only move or decode data have none.
 MATRIX_KERNELS = {
+    "_bottleneck_fwd_kernel",
+    "_bottleneck_bwd_kernel",
+    "_bottleneck_columns_kernel",
     "_linear_4bit_fwd_kernel",
     "_linear_4bit_bwd_kernel",
     "_lora_linear_gemm_kernel",

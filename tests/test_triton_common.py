@@ -18,6 +18,7 @@ from peft_kernels.triton_common.decode import MULTIPLIER, decode_asm, multiplied
 HERE = Path(__file__).parent
 INTERPRETED = [
     "test_triton_device.py",
+    "test_triton_bottleneck_adapter.py",
     "test_triton_nf4.py",
     "test_triton_linear_4bit.py",
     "test_triton_lora_linear.py",

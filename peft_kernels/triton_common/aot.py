@@ -21,18 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..dispatch import IMPLEMENTATIONS
 from .launch import Launch, Target, record
-
-OPERATIONS = (
-    "nf4",
-    "linear_4bit",
-    "lora_linear",
-    "scaled_linear",
-    "prefix_attention",
-    "gated_prompt_attention",
-    "prompt_embedding",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
@@ -82,7 +72,7 @@ class Report:
 
 def cases() -> Iterator[tuple[str, Case]]:
     """Every operation's list of calls, which stands beside its kernels."""
-    for operation in OPERATIONS:
+    for operation in IMPLEMENTATIONS:
         module = importlib.import_module(f"peft_kernels.ops.{operation}.triton_aot")
         for case in module.cases():
             yield operation, case

@@ -1,0 +1,233 @@
+"""`bottleneck_adapter` on the GPU: one kernel forward; backward one over rows and one per weight over columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from ...triton_common import why_not_tensors
+from ...triton_common.launch import Target, launch, target
+from ...triton_common.lowrank import dropout_arguments
+from ..linear_4bit.native_calls import row_major
+from . import triton_wide
+from .activations import activation_code
+from .triton_backward import _bottleneck_bwd_kernel, column_products
+from .triton_forward import _bottleneck_fwd_kernel
+
+_Vector = torch.Tensor | None
+
+
+def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the Triton kernels cannot serve such tensors."""
+    return why_not_tensors(device, dtypes)
+
+
+def forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    down_bias: _Vector,
+    up_weight: torch.Tensor,
+    up_bias: _Vector,
+    ln_weight: _Vector,
+    ln_bias: _Vector,
+    channel: _Vector,
+    gate: _Vector,
+    add_x: bool,
+    activation: str,
+    scaling: float,
+    ln_eps: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (M, K) -> y (M, N), the pre-activation (M, r), mean and 1 / std of the rows (2, M)."""
+    x, down_weight, up_weight = row_major(x), row_major(down_weight), row_major(up_weight)
+    added = x if add_x else None if residual is None else row_major(residual)
+    vectors = [None if v is None else v.contiguous() for v in (down_bias, up_bias, ln_weight, ln_bias, channel, gate)]
+    (m, k), (n, rank) = x.shape, up_weight.shape
+    y_dtype = x.dtype if added is None else torch.promote_types(x.dtype, added.dtype)
+    z_dtype = torch.promote_types(x.dtype, down_weight.dtype)
+    normed = ln_weight is not None
+    down_pieces, up_pieces = _pieces(down_weight, x, not normed), _pieces(up_weight)
+    if not fused(rank, down_pieces, up_pieces):
+        y, z, stats = triton_wide.forward(
+            x, added, down_weight, up_weight, vectors, activation, scaling, ln_eps, dropout_p, seed
+        )
+        return (y, z.to(z_dtype), stats) if save else (y, z.new_empty(0, dtype=z_dtype), stats.new_empty(0))
+    y = torch.empty((m, n), dtype=y_dtype, device=x.device)
+    z = torch.empty((m, rank) if save else (0,), dtype=z_dtype, device=x.device)
+    stats = torch.empty((2, m) if save and normed else (0,), dtype=torch.float32, device=x.device)
+    tile = _tile(m, rank, max(down_pieces, up_pieces), target(x.device))
+    launch(
+        _bottleneck_fwd_kernel,
+        (triton.cdiv(m, tile["BLOCK_M"]),),
+        x.device,
+        x_ptr=x,
+        residual_ptr=added,
+        down_ptr=down_weight,
+        up_ptr=up_weight,
+        **dict(zip(_VECTORS, vectors, strict=True)),
+        y_ptr=y,
+        z_ptr=z if save else None,
+        stats_ptr=stats if save and normed else None,
+        M=m,
+        K=k,
+        N=n,
+        rank=rank,
+        scaling=scaling,
+        eps=ln_eps,
+        stride_xm=x.stride(0),
+        stride_am=0 if added is None else added.stride(0),
+        stride_dr=down_weight.stride(0),
+        stride_un=up_weight.stride(0),
+        **dropout_arguments(dropout_p, seed),
+        ACTIVATION=activation_code(activation),
+        DOWN_PIECES=down_pieces,
+        UP_PIECES=up_pieces,
+        **tile,
+    )
+    return y, z, stats
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    z: torch.Tensor,
+    stats: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: _Vector,
+    up_weight: torch.Tensor,
+    up_bias: _Vector,
+    ln_weight: _Vector,
+    ln_bias: _Vector,
+    channel: _Vector,
+    gate: _Vector,
+    add_x: bool,
+    activation: str,
+    scaling: float,
+    ln_eps: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    x_dtype: torch.dtype,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """dy (M, N) -> the gradients of x and of the eight parameters, empty where not needed."""
+    dy, x = row_major(dy), None if x is None else row_major(x)
+    down, up = row_major(down_weight), row_major(up_weight)
+    vectors = [None if v is None else v.contiguous() for v in (down_bias, up_bias, ln_weight, ln_bias, channel, gate)]
+    stats_or_none = None if ln_weight is None else stats
+    rows = _fused_rows if fused(up.shape[1], _pieces(down), _pieces(up, dy, channel is None)) else triton_wide.rows
+    dx, dz, hidden, dgate = rows(
+        dy, x, z, stats_or_none, down, up, vectors, add_x, activation, scaling, dropout_p, seed, x_dtype, needs
+    )
+    grads: list[Any] = [dx, None, None, None, None, None, None, None, dgate]
+    if any(needs[i] for i in (3, 4, 7)):
+        up_products, up_sums = column_products(dy, hidden, up.dtype, None, vectors[5], dropout_p, seed)
+        factor = scaling if channel is None else scaling * channel.float()
+        grads[3], grads[4] = (factor * up_products).t(), factor * up_sums
+        if needs[7]:
+            bias = 0.0 if up_bias is None else up_bias.float() * up_sums
+            grads[7] = scaling * ((up_products.t() * up.float()).sum(1) + bias)
+    if any(needs[i] for i in (1, 2, 5, 6)):
+        grads[2] = dz.sum(0)
+    if needs[6]:
+        grads[6] = (grads[2][:, None] * down.float()).sum(0)
+    if needs[1] or needs[5]:
+        assert x is not None
+        products, _ = column_products(x, dz, down.dtype, stats_or_none)
+        grads[1] = products if ln_weight is None else products * ln_weight.float()
+        if ln_bias is not None:
+            grads[1] = torch.addcmul(grads[1], grads[2][:, None], ln_bias.float())
+        grads[5] = (products * down.float()).sum(0) if needs[5] else None
+    parameters = (down_weight, down_bias, up_weight, up_bias, ln_weight, ln_bias, channel, gate)
+    dtypes = [x_dtype, *(dy.dtype if t is None else t.dtype for t in parameters)]
+    return [
+        grad.to(dtype, memory_format=torch.contiguous_format) if needed else dy.new_empty(0)
+        for grad, dtype, needed in zip(grads, dtypes, needs, strict=True)
+    ]
+
+
+_VECTORS = ("down_bias_ptr", "up_bias_ptr", "ln_weight_ptr", "ln_bias_ptr", "channel_ptr", "gate_ptr")
+
+
+def _fused_rows(dy, x, z, stats, down, up, vectors, add_x, activation, scaling, dropout_p, seed, x_dtype, needs):
+    """dx, dz and gate act(z) (M, r) float32, dgate (M,) float32; None where not needed."""
+    down_bias, up_bias, ln_weight, ln_bias, channel, gate = vectors
+    (m, n), (rank, k) = dy.shape, down.shape
+    empty = lambda needed, *shape, dtype=torch.float32: (  # noqa: E731
+        torch.empty(shape, dtype=dtype, device=dy.device) if needed else None
+    )
+    dx, dz = empty(needs[0], m, k, dtype=x_dtype), empty(any(needs[i] for i in (1, 2, 5, 6)), m, rank)
+    hidden, dgate = empty(any(needs[i] for i in (3, 4, 7)), m, rank), empty(needs[8], m)
+    down_pieces, up_pieces = _pieces(down), _pieces(up, dy, channel is None)
+    tile = _tile(m, rank, max(down_pieces, up_pieces), target(dy.device), backward=True)
+    normed = stats is not None and needs[0]
+    dropout = dropout_arguments(dropout_p, seed)
+    launch(
+        _bottleneck_bwd_kernel,
+        (triton.cdiv(m, tile["BLOCK_M"]),),
+        dy.device,
+        dy_ptr=dy,
+        x_ptr=x if normed else None,
+        z_ptr=z,
+        stats_ptr=stats if normed else None,
+        down_ptr=down,
+        up_ptr=up,
+        up_bias_ptr=up_bias,
+        ln_weight_ptr=ln_weight if normed else None,
+        hidden_sum_ptr=(down.float() * ln_weight.float()).sum(1) if normed else None,
+        hidden_bias_ptr=triton_wide.hidden_bias(down, down_bias, ln_bias) if normed else None,
+        channel_ptr=channel,
+        gate_ptr=gate,
+        dx_ptr=dx,
+        dz_ptr=dz,
+        hidden_ptr=hidden,
+        dgate_ptr=dgate,
+        M=m,
+        K=k,
+        N=n,
+        rank=rank,
+        scaling=scaling * dropout.pop("inverse_keep"),
+        stride_ym=dy.stride(0),
+        stride_xm=0 if x is None else x.stride(0),
+        stride_dr=down.stride(0),
+        stride_un=up.stride(0),
+        **dropout,
+        ADD_X=add_x,
+        ACTIVATION=activation_code(activation),
+        DOWN_PIECES=down_pieces,
+        UP_PIECES=up_pieces,
+        **tile,
+    )
+    return dx, dz, hidden, dgate
+
+
+def fused(rank: int, *pieces: int) -> bool:
+    """Whether a program's registers hold the hidden of its rows."""
+    return rank <= (256 if max(pieces) == 1 else 64)
+
+
+def _pieces(weight: torch.Tensor, other: torch.Tensor | None = None, exact: bool = False) -> int:
+    """How a product with a weight keeps its accuracy; see `dot_wide`. exact: the other operand is a tensor as it is."""
+    if weight.dtype != torch.float32:
+        return 1
+    return 3 if exact and other is not None and other.dtype == torch.bfloat16 else 6
+
+
+def _tile(m: int, rank: int, pieces: int, on: Target, backward: bool = False) -> dict[str, int]:
+    """Set from compiled objects (no spills, shared memory), not measured."""
+    tile_r = max(16, triton.next_power_of_2(rank))
+    if pieces > 1:  # three or six products a step
+        block_m, block, warps = 32, 32, 4
+    else:
+        block_m, block, warps = 64, 64 if tile_r <= 128 else 32, 4 if tile_r <= 64 and not backward else 8
+    return {
+        "BLOCK_M": max(16, min(block_m, triton.next_power_of_2(m))),
+        "BLOCK": block,
+        "BLOCK_R": tile_r,
+        "num_warps": warps,
+        "num_stages": 2 if on.kind == "hip" else 3,
+    }

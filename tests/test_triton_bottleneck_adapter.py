@@ -1,0 +1,126 @@
+"""Bottleneck adapters on Triton: forward and every gradient, the fused kernels and the path for wide bottlenecks."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_bottleneck_adapter import FP32, NAMES, Case
+from triton_support import DEVICE, HALVES, poison, seed
+
+import peft_kernels as pk
+from peft_kernels.ops.bottleneck_adapter.activations import ACTIVATIONS
+from peft_kernels.ops.bottleneck_adapter.triton_backward import column_products
+from peft_kernels.testing import assert_within_budget
+from peft_kernels.triton_common.lowrank import LowRank, expand_add
+
+__all__ = ["poison", "seed"]  # fixtures
+
+HALF = HALVES[-1]
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    """Nothing falls back."""
+    with pk.use_backend("triton"):
+        yield
+
+
+class OnDevice(Case):
+    """A case whose tensors lie where the kernels run."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.leaves = {name: t.to(DEVICE) for name, t in self.leaves.items()}
+        self.dy = self.dy.to(DEVICE)
+
+
+CASES = {
+    "one-row": OnDevice(1, 64, 8),
+    "primes": OnDevice(67, 131, 13, 61, residual="none"),
+    "inner-1": OnDevice(9, 48, 1, 50, residual="other", scaling="gate"),
+    "bert-base": OnDevice(70, 768, 48, norm=False),
+    "inner-256": OnDevice(66, 70, 256, 40, residual="none"),
+    "inner-300": OnDevice(66, 70, 300, scaling="all", dropout_p=0.3),
+    "everything": OnDevice(70, 150, 20, 70, scaling="all", residual="other", dropout_p=0.3),
+    "without-biases": OnDevice(66, 64, 8, bias=False, scaling="gate"),
+    "nothing": OnDevice(66, 64, 8, norm=False, bias=False, residual="none"),
+    "shifted-rows": OnDevice(66, 256, 24, mean=20.0),
+    "split-rows": OnDevice(530, 64, 8, scaling="learned", dropout_p=0.5),
+}
+DTYPES = {f"{str(half)[6:]}": (half, half) for half in HALVES}
+DTYPES |= {"float32": (FP32, FP32), f"{str(HALF)[6:]}-float32": (HALF, FP32)}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_against_float64(case, dtypes, poison):
+    case = dataclasses.replace(case, dtype=dtypes[0], parameters=dtypes[1])
+    case.check()
+    first, again = (case.run(pk.functional.bottleneck_adapter) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first), "two runs differ"
+
+
+def test_float32_residual_stream(poison):
+    case = OnDevice(66, 64, 8, dtype=HALF, others=FP32, residual="other", scaling="gate")
+    assert case.check()["y"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, poison):
+    OnDevice(66, 32, 24, activation=activation, norm=False).check()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_at_extremes(activation):
+    """Where exponentials overflow and where derivatives jump: as torch has them."""
+    values = [0.0, -0.0, 1e-20, 0.5, -0.5, 0.62, 0.64, 3.0, 6.0, 9.0, -9.0, 88.0, -88.0, 1e4, -1e4, float("nan")]
+    results = []
+    for function in (pk.functional.bottleneck_adapter, pk.reference.bottleneck_adapter):
+        z = torch.tensor(values, device=DEVICE)[:, None].requires_grad_()
+        one = torch.ones(1, 1, device=DEVICE)
+        y = function(z, one, None, one, None, activation=activation)
+        results.append((y.detach(), *torch.autograd.grad(y.sum(), z)))
+    (ours, our_slope), (theirs, their_slope) = results
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=2e-7, equal_nan=True)
+    torch.testing.assert_close(our_slope[:-1], their_slope[:-1], rtol=1e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("rank", [5, 300])
+@pytest.mark.parametrize("wanted", NAMES)
+def test_only_what_needs_a_gradient(wanted, rank, poison):
+    case = OnDevice(9, 40, rank, 30, scaling="all", residual="other")
+    gradients = []
+    for function in (pk.functional.bottleneck_adapter, pk.reference.bottleneck_adapter):
+        leaves = {name: t.clone().requires_grad_(name == wanted) for name, t in case.leaves.items()}
+        case.call(function, leaves).backward(case.dy)
+        gradients.append(leaves[wanted].grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_nonfinite_values_stay_in_their_row(value, norm):
+    case = OnDevice(14, 70, 8, dtype=HALF, norm=norm)
+    case.leaves["x"][0, 1, 69] = value
+    ours, theirs = (case.run(f) for f in (pk.functional.bottleneck_adapter, pk.reference.bottleneck_adapter))
+    for name in ("y", "d x"):
+        assert torch.equal(ours[name].isfinite(), theirs[name].isfinite()), name
+
+
+def test_strided_inputs(poison):
+    case = OnDevice(24, 128, 8, dtype=HALF, scaling="all", residual="other")
+    strided = {name: t.repeat_interleave(2, -1)[..., ::2] for name, t in case.leaves.items()}
+    calls = (case.call(pk.functional.bottleneck_adapter, leaves) for leaves in (strided, case.leaves))
+    assert torch.equal(*calls)
+
+
+def test_column_products_drop_what_the_forward_pass_drops(poison):
+    """The mask as the low-rank kernel, which serves wide bottlenecks, applies it."""
+    key, rows, columns = torch.tensor([12345], device=DEVICE), 70, 130
+    mask = torch.zeros(rows, columns, device=DEVICE)
+    ones = torch.ones(rows, columns, device=DEVICE)
+    expand_add(mask, LowRank(ones[:, :1], ones[:1], 1.0, 0.3, key))
+    t, gate = torch.randn(rows, 5, device=DEVICE), torch.rand(rows, device=DEVICE)
+    products, sums = column_products(ones, t, FP32, None, gate, 0.3, key)
+    assert_within_budget(products, t.double().t() @ mask.double(), t.t() @ mask)
+    assert_within_budget(sums, gate.double() @ mask.double(), gate @ mask)
