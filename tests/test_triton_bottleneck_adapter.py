@@ -37,7 +37,7 @@ class OnDevice(Case):
 CASES = {
     "one-row": OnDevice(1, 64, 8),
     "primes": OnDevice(67, 131, 13, 61, residual="none"),
-    "inner-1": OnDevice(9, 48, 1, 50, residual="other", scaling="gate"),
+    "inner-1": OnDevice(66, 48, 1, 50, residual="other", scaling="gate"),
     "bert-base": OnDevice(70, 768, 48, norm=False),
     "inner-256": OnDevice(66, 70, 256, 40, residual="none"),
     "inner-300": OnDevice(66, 70, 300, scaling="all", dropout_p=0.3),

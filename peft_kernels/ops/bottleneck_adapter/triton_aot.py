@@ -36,10 +36,11 @@ def _infer(rows: int, k: int, rank: int) -> None:
 
 def cases() -> Iterator[Case]:
     """Houlsby and Pfeiffer adapters in training, the widest that one program takes, float32, and one row."""
-    for k, rank, activation in ((4096, 64, "relu"), (768, 48, "gelu_tanh"), (4096, 256, "gelu")):
+    for k, rank, activation in ((4096, 64, "relu"), (768, 48, "gelu_tanh"), (4096, 128, "gelu"), (4096, 256, "gelu")):
         for options in (False, True):
             name = f"K={k} r={rank} {activation}{' all options' if options else ''} bf16"
             yield Case(name, 8192, partial(_train, 8192, k, rank, BF16, BF16, options, activation))
+    yield Case("K=4096 r=256 M=8192 relu bf16", 8192, lambda: _infer(8192, 4096, 256))
     yield Case("K=4096 r=64 silu fp32 parameters", 0, lambda: _train(8192, 4096, 64, BF16, FP32, False, "silu"))
     yield Case("K=768 r=64 mish all options fp32", 0, lambda: _train(8192, 768, 64, FP32, FP32, True, "mish"))
     yield Case("K=4096 r=64 M=1 relu bf16", 1, lambda: _infer(1, 4096, 64))

@@ -119,7 +119,8 @@ def backward(
     down, up = row_major(down_weight), row_major(up_weight)
     vectors = [None if v is None else v.contiguous() for v in (down_bias, up_bias, ln_weight, ln_bias, channel, gate)]
     stats_or_none = None if ln_weight is None else stats
-    rows = _fused_rows if fused(up.shape[1], _pieces(down), _pieces(up, dy, channel is None)) else triton_wide.rows
+    # a backward program holds four tiles of the rank: hidden, its gradient, value and slope
+    rows = _fused_rows if up.shape[1] <= 64 else triton_wide.rows
     dx, dz, hidden, dgate = rows(
         dy, x, z, stats_or_none, down, up, vectors, add_x, activation, scaling, dropout_p, seed, x_dtype, needs
     )
