@@ -19,7 +19,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 visit=$(mktemp -d)
 trap 'rm -rf "$visit"' EXIT
 
-read -r -a groups <<<"${CASES:-lora_linear linear_4bit codec smollm2_step}"
+read -r -a groups <<<"${CASES:-lora_linear linear_4bit prompt_attention bottleneck_adapter scaled_linear codec prompt_methods smollm2_step}"
 where=(--device cuda)
 effort=(--shapes llama-3.1-8b --no-compiled --seconds 1.5)
 tests=(tests)

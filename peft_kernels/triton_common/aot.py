@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from ..dispatch import IMPLEMENTATIONS
 from .launch import Launch, Target, record
 
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """A target, the most shared memory that one program may use on it, and its matrix instruction in assembly."""
