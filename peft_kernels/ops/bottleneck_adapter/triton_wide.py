@@ -47,7 +47,7 @@ def rows(dy, x, z, stats, down, up, vectors, add_x, activation, scaling, dropout
     if needs[8] and up_bias is not None:
         bias = up_bias.float() if channel is None else up_bias.float() * channel.float()
         right = torch.cat((right.float(), bias[:, None]), 1)
-    sums = shrink(dy, right.t(), dropout_p, seed) * scaling
+    sums = shrink(dy, right.to(up.dtype).t(), dropout_p, seed) * scaling
     dh, bias_dot = sums[:, : up.shape[1]], sums[:, up.shape[1] :].sum(1)
     with torch.enable_grad():
         leaf = z.float().detach().requires_grad_()
