@@ -21,7 +21,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..case import Case, Options
-from . import bottleneck_adapter, codec, linear_4bit, lora_linear, prompt_attention, prompt_methods, scaled_linear, smollm2
+from . import (
+    bottleneck_adapter,
+    codec,
+    linear_4bit,
+    lora_linear,
+    prompt_attention,
+    prompt_methods,
+    scaled_linear,
+    smollm2,
+)
 
 GROUPS: dict[str, Callable[[Options], Iterator[Case]]] = {
     "lora_linear": lora_linear.cases,
