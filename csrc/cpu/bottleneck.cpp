@@ -61,6 +61,13 @@ void lay_out(BottleneckJob& job, Layout layout) {
   layout(job, arena);
 }
 
+// With pairs of bfloat16 the steps multiply x as it is: see folds_norm.
+void use_statistics(BottleneckJob& job, const BottleneckKernels& kernel, const float* stats) {
+  if (!job.adapter.ln_weight) return;
+  job.mean = stats, job.inverse_std = stats + job.M;
+  if (kernel.elements == 1) job.x.subtract = job.mean, job.x.row_scale = job.inverse_std;
+}
+
 int threads_of(const BottleneckJob& job, int64_t products) {
   const Adapter& adapter = job.adapter;
   return threads_for(2 * products * (job.M + 8) * adapter.r * (adapter.K + adapter.N), kFlopsPerThread);
@@ -98,12 +105,13 @@ void bottleneck_forward(const Adapter& adapter, const Matrix& x, int64_t M, floa
   job.ln_eps = ln_eps, job.residual = residual, job.stats = stats;
   job.y = y, job.y_dtype = y_dtype, job.z = z, job.z_dtype = z_dtype;
   job.x = {x, nullptr, nullptr, nullptr, {}};
-  if (adapter.ln_weight) job.x.subtract = stats, job.x.row_scale = stats + M;
+  use_statistics(job, kernel, stats);
   lay_out(job, [&](BottleneckJob& to, Arena& arena) {
     const int64_t lanes = round_up(adapter.N, kPanelLanes);
     to.reduce = arena.take<uint32_t>(ceil_div(adapter.K, kernel.elements) * job.rank_lanes);
     to.expand = arena.take<uint32_t>(lanes * ceil_div(adapter.r, kernel.elements));
     to.hidden_bias = arena.take<float>(job.rank_lanes);
+    to.hidden_sum = arena.take<float>(job.rank_lanes);
     to.column_scale = arena.take<float>(lanes);
     to.column_bias = arena.take<float>(lanes);
   });
@@ -139,7 +147,7 @@ void bottleneck_backward(const Adapter& adapter, const Matrix& x, int64_t M, con
   job.inverse_keep = adapter.dropout.p < 1 ? float(1 / (1 - adapter.dropout.p)) : 0.0f;
   job.gradients = gradients, job.saved_z = z;
   job.x = {x, nullptr, nullptr, nullptr, {}};
-  if (adapter.ln_weight) job.x.subtract = stats, job.x.row_scale = stats + M;
+  use_statistics(job, kernel, stats);
   job.dy = {dy, nullptr, nullptr, nullptr, adapter.dropout};
   job.ld_columns = round_up(ceil_div(M, kernel.elements), 16) + 16;  // no power of two
   lay_out(job, [&](BottleneckJob& to, Arena& arena) {
@@ -148,6 +156,7 @@ void bottleneck_backward(const Adapter& adapter, const Matrix& x, int64_t M, con
     to.hidden_bias = arena.take<float>(job.rank_lanes);
     to.hidden_sum = arena.take<float>(job.rank_lanes);
     to.dz_sum = arena.take<float>(adapter.r);
+    to.dz_mean = arena.take<float>(adapter.r);
     if (gradients.gate && adapter.up_bias) to.gate_bias = arena.take<float>(adapter.N);
     if (need_up) to.a_columns = arena.take<uint32_t>((adapter.r + 1) * job.ld_columns);
     if (need_dz) to.dz_columns = arena.take<uint32_t>(adapter.r * job.ld_columns);

@@ -31,21 +31,21 @@ int64_t pack_items(int64_t rank_lanes, int64_t reduced, int64_t expanded) {
          rank_lanes / kVec;
 }
 
-// hidden_bias = bd + Wd b and, where wanted, hidden_sum = Wd w for sixteen ranks.
-inline void hidden_sums(const BottleneckJob& job, int64_t j0) {
+// hidden_bias = bd + Wd b and, with layer norm, the sums over k of Wd w as it is multiplied, for sixteen ranks.
+template <class U>
+void hidden_sums(const BottleneckJob& job, int64_t j0) {
   const Adapter& adapter = job.adapter;
   for (int64_t j = j0; j < j0 + kVec; ++j) {
-    job.hidden_bias[j] = 0;
-    if (job.hidden_sum) job.hidden_sum[j] = 0;
+    job.hidden_bias[j] = job.hidden_sum[j] = 0;
     if (j >= adapter.r) continue;
     Vec bias = vec_zero(), sum = vec_zero();
     for (int64_t k = 0; adapter.ln_weight && k < adapter.K; k += kVec) {
       const Vec w = vec_load(adapter.down.data, adapter.down.dtype, j * adapter.down.ld + k, adapter.K - k);
       if (adapter.ln_bias) bias = multiply_add(w, vec_load(adapter.ln_bias, DType::F32, k, adapter.K - k), bias);
-      if (job.hidden_sum) sum = multiply_add(w, vec_load(adapter.ln_weight, DType::F32, k, adapter.K - k), sum);
+      sum = sum + U::rounded(w * vec_load(adapter.ln_weight, DType::F32, k, adapter.K - k));
     }
     job.hidden_bias[j] = vec_sum(bias) + (adapter.down_bias ? adapter.down_bias[j] : 0.0f);
-    if (job.hidden_sum) job.hidden_sum[j] = vec_sum(sum);
+    job.hidden_sum[j] = vec_sum(sum);
   }
 }
 
@@ -54,7 +54,7 @@ void pack_forward(const BottleneckJob& job, int64_t item) {
   const Adapter& adapter = job.adapter;
   const PackItem part = PackItem::of<U>(job, item, adapter.K, adapter.N);
   const int64_t units = units_of<U>(adapter.K);
-  if (part.kind == PackItem::Sums) return hidden_sums(job, part.lane);
+  if (part.kind == PackItem::Sums) return hidden_sums<U>(job, part.lane);
   if (part.kind == PackItem::Reduce) {
     const int64_t W = min64(kPanelLanes, job.rank_lanes - part.lane), k = part.begin * U::kElements;
     return pack_lanes_from_rows<U>({adapter.down, nullptr, nullptr, adapter.ln_weight, {}}, part.lane,
@@ -75,7 +75,7 @@ template <class U>
 void pack_backward(const BottleneckJob& job, int64_t item) {
   const Adapter& adapter = job.adapter;
   const PackItem part = PackItem::of<U>(job, item, adapter.N, adapter.K);
-  if (part.kind == PackItem::Sums) return hidden_sums(job, part.lane);
+  if (part.kind == PackItem::Sums) return hidden_sums<U>(job, part.lane);
   if (part.kind == PackItem::Reduce) {
     const int64_t W = min64(kPanelLanes, job.rank_lanes - part.lane), n = part.begin * U::kElements;
     const int64_t rows = min64(kChunkUnits * U::kElements, adapter.N - n);
@@ -92,10 +92,19 @@ void pack_backward(const BottleneckJob& job, int64_t item) {
 
 template <class U>
 void sum_dz(const BottleneckJob& job, int64_t rank) {
-  Vec sum = vec_zero();
-  for (int64_t m = 0; m < job.M; m += kVec)
-    sum = sum + vec_load(job.dz_columns, U::kDtype, rank * job.ld_columns * U::kElements + m, job.M - m);
+  Vec sum = vec_zero(), mean_sum = vec_zero();
+  for (int64_t m = 0; m < job.M; m += kVec) {
+    Vec dz = vec_load(job.dz_columns, U::kDtype, rank * job.ld_columns * U::kElements + m, job.M - m);
+    if (folds_norm<U>(job)) {
+      mean_sum = multiply_add(dz, vec_load(job.mean, DType::F32, m, job.M - m), mean_sum);
+      Vec inverse_std = vec_load(job.inverse_std, DType::F32, m, job.M - m);
+      if (m + kVec > job.M) inverse_std = inverse_std + (vec_set(1.0f) - vec_first(vec_set(1.0f), job.M - m));
+      dz = dz / inverse_std;
+    }
+    sum = sum + dz;
+  }
   job.dz_sum[rank] = vec_sum(sum);
+  job.dz_mean[rank] = vec_sum(mean_sum);
   if (job.gradients.down_bias) job.gradients.down_bias[rank] = job.dz_sum[rank];
 }
 
@@ -163,6 +172,10 @@ void up_gradient(const BottleneckJob& job, int64_t n0) {
   }
 }
 
+// Eager sums the layer norm's gradients over rows, where rounding errors average out; ours are sums over ranks, kept as
+// exact by short runs.
+constexpr int64_t kSumRun = 8;
+
 template <class U>
 void down_gradient(const BottleneckJob& job, int64_t k0) {
   const Adapter& adapter = job.adapter;
@@ -175,10 +188,10 @@ void down_gradient(const BottleneckJob& job, int64_t k0) {
     Vec weight = vec_set(1.0f), bias = vec_zero(), weight_total = vec_zero(), bias_total = vec_zero();
     if (adapter.ln_weight) weight = vec_load(adapter.ln_weight, DType::F32, k, count);
     if (adapter.ln_bias) bias = vec_load(adapter.ln_bias, DType::F32, k, count);
-    for (int64_t j0 = 0; j0 < adapter.r; j0 += kPanelLanes) {
+    for (int64_t j0 = 0; j0 < adapter.r; j0 += kSumRun) {
       Vec dweight = vec_zero(), dbias = vec_zero();
-      for (int64_t j = j0; j < min64(adapter.r, j0 + kPanelLanes); ++j) {
-        const Vec sum = vec_load(sums + j * kPanelLanes + g), dz = vec_set(job.dz_sum[j]);
+      for (int64_t j = j0; j < min64(adapter.r, j0 + kSumRun); ++j) {
+        const Vec sum = vec_load(sums + j * kPanelLanes + g) - vec_set(job.dz_mean[j]), dz = vec_set(job.dz_sum[j]);
         if (gradients.down_weight)
           vec_store(gradients.down_weight, adapter.down.dtype, j * adapter.K + k, multiply_add(sum, weight, dz * bias),
                     count);

@@ -24,10 +24,11 @@ struct Source {
 // One call. What its steps share lies in scratch that bottleneck.cpp lays out.
 struct BottleneckJob {
   Adapter adapter;
-  int64_t M, rank_lanes;      // r rounded up to 16
-  Source x, dy;               // x normalized, dy masked
-  uint32_t *reduce, *expand;  // panels of the weight that the row pass sums over K or N first, and of the other
-  float* hidden_bias;         // [rank_lanes]: bd + Wd b
+  int64_t M, rank_lanes;            // r rounded up to 16
+  Source x, dy;                     // x normalized (unless pairs of bfloat16 are multiplied), dy masked
+  const float *mean, *inverse_std;  // [M], with layer norm
+  uint32_t *reduce, *expand;        // panels of the weight that the row pass sums over K or N first, and of the other
+  float *hidden_bias, *hidden_sum;  // [rank_lanes]: bd + Wd b; with layer norm the sums over k of Wd w
   // forward
   float ln_eps;
   Matrix residual;
@@ -39,11 +40,11 @@ struct BottleneckJob {
   Matrix saved_z;
   AdapterGradients gradients;
   float inverse_keep;                // of the dropout
-  float* hidden_sum;                 // [rank_lanes]: sums over k of Wd w
   float* gate_bias;                  // [N]: c bu
-  uint32_t *a_columns, *dz_columns;  // [r + 1][ld_columns units], [r][ld_columns]: g act(Z), ones g; dZ
+  uint32_t *a_columns, *dz_columns;  // [r + 1][ld_columns units], [r][ld_columns]: g act(Z), ones g; dZ,
+                                     // or dZ / std where x is not normalized
   int64_t ld_columns;
-  float* dz_sum;  // [r]
+  float *dz_sum, *dz_mean;  // [r]: sums of dZ; of dZ mean / std where x is not normalized, else zeros
 };
 
 // Steps of one call, each an index space that threads share; a step starts when the one before it has ended.

@@ -14,7 +14,7 @@ struct RowBlock {
   int64_t m0, rows, lanes, ld_hidden;
   uint32_t *packed, *hidden;             // [rows][kPackedLd], [rows][ld_hidden] units
   float *sums, *value, *slope, *z;       // [rows][lanes], [lanes] each
-  float c1[kBlockRows], c2[kBlockRows];  // of the layer norm's backward pass
+  float c1[kBlockRows], c2[kBlockRows];  // of the layer norm's backward pass: dx = v / std + c1 + (x - mean) c2
 
   RowBlock(const BottleneckJob& job, int64_t from, int64_t to) : m0(from), rows(to - from), lanes(job.rank_lanes) {
     ld_hidden = lanes / U::kElements + 16;
@@ -84,16 +84,25 @@ void store_hidden(RowBlock<U>& block, int64_t i, const float* values) {
 inline void row_statistics(const BottleneckJob& job, int64_t m) {
   const Matrix& x = job.x.matrix;
   const int64_t K = job.adapter.K;
-  Vec sum = vec_zero();
-  for (int64_t k = 0; k < K; k += kVec) sum = sum + vec_load(x.data, x.dtype, m * x.ld + k, K - k);
-  const float mean = vec_sum(sum) / float(K);
-  sum = vec_zero();
-  for (int64_t k = 0; k < K; k += kVec) {
-    const Vec d = vec_first(vec_load(x.data, x.dtype, m * x.ld + k, K - k) - vec_set(mean), K - k);
-    sum = multiply_add(d, d, sum);
-  }
+  constexpr int kSums = 4;  // as many additions under way as the units take
+  const auto total = [](const Vec(&sums)[kSums]) { return vec_sum((sums[0] + sums[1]) + (sums[2] + sums[3])); };
+  Vec sums[kSums] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
+  for (int64_t k = 0; k < K; k += kSums * kVec)
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i)
+      sums[i] = sums[i] + vec_load(x.data, x.dtype, m * x.ld + k + i * kVec, K - k - i * kVec);
+  const float mean = total(sums) / float(K);
+  for (Vec& sum : sums) sum = vec_zero();
+  for (int64_t k = 0; k < K; k += kSums * kVec)
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) {
+      const int64_t count = K - k - i * kVec;
+      Vec d = vec_load(x.data, x.dtype, m * x.ld + k + i * kVec, count) - vec_set(mean);
+      if (count < kVec) d = vec_first(d, count);
+      sums[i] = multiply_add(d, d, sums[i]);
+    }
   job.stats[m] = mean;
-  job.stats[job.M + m] = 1.0f / __builtin_sqrtf(vec_sum(sum) / float(K) + job.ln_eps);
+  job.stats[job.M + m] = 1.0f / __builtin_sqrtf(total(sums) / float(K) + job.ln_eps);
 }
 
 // y = residual + mask * gate * (s c (sum + bu)).
@@ -163,8 +172,12 @@ void forward_rows(const BottleneckJob& job, int64_t m0, int64_t m1) {
   reduce<U>(job, job.x, adapter.K, block);
   for (int64_t i = 0; i < block.rows; ++i) {
     float* z = block.sums + i * block.lanes;
+    const bool fold = folds_norm<U>(job);
+    const Vec mean = vec_set(fold ? job.mean[m0 + i] : 0.0f), scale = vec_set(fold ? job.inverse_std[m0 + i] : 1.0f);
     for (int64_t j = 0; j < block.lanes; j += kVec) {
-      const Vec v = vec_load(z + j) + vec_load(job.hidden_bias + j);
+      Vec v = vec_load(z + j);
+      if (fold) v = (v - mean * vec_load(job.hidden_sum + j)) * scale;
+      v = v + vec_load(job.hidden_bias + j);
       vec_store(z + j, v);
       if (job.z) vec_store(job.z, job.z_dtype, (m0 + i) * adapter.r + j, v, adapter.r - j);
     }
@@ -198,8 +211,9 @@ void hidden_gradient(const BottleneckJob& job, RowBlock<U>& block, int64_t i) {
     c1 = multiply_add(dz, vec_load(job.hidden_sum + j), c1);
     c2 = multiply_add(dz, vec_load(block.z + j) - vec_load(job.hidden_bias + j), c2);
   }
-  block.c1[i] = vec_sum(c1) / float(adapter.K);
-  block.c2[i] = vec_sum(c2) / float(adapter.K);
+  const float inverse_std = adapter.ln_weight ? job.inverse_std[m] : 1.0f;
+  block.c1[i] = -vec_sum(c1) / float(adapter.K) * inverse_std;
+  block.c2[i] = -vec_sum(c2) / float(adapter.K) * inverse_std * inverse_std;
   if (job.gradients.gate) {
     alignas(64) float mask[kPanelLanes];
     for (int64_t n = 0; job.gate_bias && n < adapter.N; n += kPanelLanes) {
@@ -215,7 +229,9 @@ void hidden_gradient(const BottleneckJob& job, RowBlock<U>& block, int64_t i) {
   const int64_t ld = job.ld_columns * U::kElements;
   for (int64_t j = 0; job.a_columns && j < r; ++j) store_f32(job.a_columns, j * ld + m, U::kDtype, block.value[j]);
   if (job.a_columns) store_f32(job.a_columns, r * ld + m, U::kDtype, gate);
-  for (int64_t j = 0; job.dz_columns && j < r; ++j) store_f32(job.dz_columns, j * ld + m, U::kDtype, d[j]);
+  const float column_scale = folds_norm<U>(job) ? inverse_std : 1.0f;
+  for (int64_t j = 0; job.dz_columns && j < r; ++j)
+    store_f32(job.dz_columns, j * ld + m, U::kDtype, d[j] * column_scale);
 }
 
 // dx = [layer norm's backward of] the sums, plus dy where the residual is x.
@@ -241,9 +257,9 @@ struct FinishBackward {
     const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
     const int64_t m = block.m0 + i;
     if (job.adapter.ln_weight) {
-      const Vec scale = vec_set(job.x.row_scale[m]);
-      const Vec normal = (vec_load(x.data, x_dtype, m * x.ld + k, count) - vec_set(job.x.subtract[m])) * scale;
-      v = (v - vec_set(block.c1[i]) - normal * vec_set(block.c2[i])) * scale;
+      const Vec centred = vec_load(x.data, x_dtype, m * x.ld + k, count) - vec_set(job.mean[m]);
+      v = multiply_add(v, vec_set(job.inverse_std[m]), vec_set(block.c1[i]));
+      v = multiply_add(centred, vec_set(block.c2[i]), v);
     }
     return job.adapter.add_x ? v + vec_load(dy.data, dy_dtype, m * dy.ld + k, count) : v;
   }

@@ -15,6 +15,7 @@ struct F32Unit {
   static PK_INLINE Wide broadcast(const char* p) { return vec_set(*(const float*)p); }
   static PK_INLINE Wide load(const uint32_t* p) { return vec_load((const float*)p); }
   static PK_INLINE Vec multiply_add(Wide a, Wide w, Vec sum) { return peft_kernels::multiply_add(a, w, sum); }
+  static PK_INLINE Vec rounded(Vec value) { return value; }
   static PK_INLINE Vec along(Vec first, Vec) { return first; }   // sixteen units of consecutive elements
   static PK_INLINE Vec across(Vec first, Vec) { return first; }  // sixteen units, each of one element of both
 };
@@ -30,6 +31,9 @@ struct Bf16Unit {  // the products of bf16 are exact in vdpbf16ps, which adds th
   }
   static PK_INLINE Wide load(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static PK_INLINE Vec multiply_add(Wide a, Wide w, Vec sum) { return {_mm512_dpbf16_ps(sum.v, a, w)}; }
+  static PK_INLINE Vec rounded(Vec value) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(round_bf16(value.v)), 16))};
+  }
   static PK_INLINE Vec along(Vec first, Vec second) {
     return {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second.v, first.v))};
   }
@@ -69,6 +73,14 @@ PK_INLINE void interleave_rows(const uint16_t* first, const uint16_t* second, ui
 template <class U>
 PK_INLINE int64_t units_of(int64_t elements) {
   return (elements + U::kElements - 1) / U::kElements;
+}
+
+// Whether layer norm is applied to the products with x, which then is multiplied as it is:
+// LN(x) W' = (x W' - mean sum(W')) / std. Only where the operands are rounded to bfloat16: for float32 the difference
+// of rows whose mean is far from zero would lose digits.
+template <class U>
+bool folds_norm(const BottleneckJob& job) {
+  return U::kElements == 2 && job.adapter.ln_weight;
 }
 
 inline bool plain(const Source& from) {

@@ -39,6 +39,7 @@ PK_INLINE void vec_store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 PK_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 PK_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 PK_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+PK_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 PK_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 PK_INLINE float vec_sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 PK_INLINE Vec vec_first(Vec a, int64_t count) { return {_mm512_maskz_mov_ps(first_lanes(count), a.v)}; }
@@ -112,6 +113,7 @@ PK_INLINE void vec_store(float* p, Vec v) {
 PK_INLINE Vec operator+(Vec x, Vec y) { return {x.a + y.a, x.b + y.b}; }
 PK_INLINE Vec operator-(Vec x, Vec y) { return {x.a - y.a, x.b - y.b}; }
 PK_INLINE Vec operator*(Vec x, Vec y) { return {x.a * y.a, x.b * y.b}; }
+PK_INLINE Vec operator/(Vec x, Vec y) { return {x.a / y.a, x.b / y.b}; }
 PK_INLINE Vec multiply_add(Vec x, Vec y, Vec z) {
 #if defined(__FMA__)
   return {(VecHalf)_mm256_fmadd_ps((__m256)x.a, (__m256)y.a, (__m256)z.a),
