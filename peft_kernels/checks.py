@@ -19,6 +19,12 @@ def bad_type(argument: str, expected: str, got: object, remedy: str) -> TypeErro
     return TypeError(f"{argument}: expected {expected}, got {type(got).__name__}. {remedy}")
 
 
+def check_virtual_tokens(value: int) -> None:
+    """The length of a learned prompt."""
+    if value < 1:
+        raise bad_value("num_virtual_tokens", "at least 1", value, "Typical are 10 to 100.")
+
+
 def check_tensor(argument: str, value: object, ndim: int | None = None) -> None:
     """A floating-point tensor, of `ndim` dimensions where given."""
     if not isinstance(value, torch.Tensor):

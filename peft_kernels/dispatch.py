@@ -178,10 +178,10 @@ def explain(module_or_function: Any, *args: Any, **kwargs: Any) -> str:
         str: one line with the choice, then one for each backend passed over. No kernel runs.
     """
     if not args and not kwargs and hasattr(module_or_function, "in_features"):
-        parameter = next((p for p in module_or_function.parameters() if p.is_floating_point()), None)
-        dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+        parameters = list(module_or_function.parameters()) or [module_or_function.weight]  # a Weight4bit is none
+        dtype = next((p.dtype for p in parameters if p.dtype.is_floating_point), torch.get_default_dtype())
         dtype = getattr(module_or_function, "_input_dtype", dtype)  # a replaced layer knows what it computes in
-        device = next(module_or_function.parameters()).device
+        device = parameters[0].device
         args = (torch.zeros(1, module_or_function.in_features, dtype=dtype, device=device),)
     recorded = record(module_or_function, *args, **kwargs)
     if not recorded:

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from ..weight4bit import Weight4bit
-from .replace import FOUR_BIT
+from .replace import FOUR_BIT, own_forward
 
 PLAIN = (torch.Tensor, nn.Parameter)  # not DTensor, not a quantized or otherwise wrapped tensor
 
 
 def overridden(module: nn.Module) -> str | None:
     """Why the module's forward may not be bypassed: something else has to see or do the call."""
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not own_forward(module):
         return "forward is replaced on the instance" + (" (accelerate's hook)" if hasattr(module, "_hf_hook") else "")
     return None
 
@@ -27,7 +27,7 @@ def hooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or overridden(module)
     )
 
 

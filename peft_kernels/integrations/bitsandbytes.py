@@ -13,6 +13,7 @@ from torch import nn
 from .. import dispatch
 from ..functional import linear_4bit
 from ..weight4bit import Weight4bit
+from .base_layer import overridden
 from .replace import FOUR_BIT, Undo
 
 
@@ -48,10 +49,8 @@ class FusedForward:
     @staticmethod
     def why_not(layer: Any) -> str | None:
         """Why no call of this layer can be served, or None."""
-        if "forward" in layer.__dict__:
-            hook = " (accelerate's hook)" if hasattr(layer, "_hf_hook") else ""
-            return f"its forward is replaced on the instance{hook}"
-        return _why_not_weight(layer)
+        reason = overridden(layer)
+        return _why_not_weight(layer) if reason is None else f"its {reason}"
 
     @staticmethod
     def _prepare(layer: Any) -> list[Undo]:

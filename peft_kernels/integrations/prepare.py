@@ -16,7 +16,7 @@ from ..nn import Linear4bit
 from ..weight4bit import Weight4bit
 from .base_layer import overridden
 from .filters import Filter, check_patterns, matches, parse_filters
-from .replace import restore_layers
+from .replace import drop_own_forward, restore_layers
 from .trained_layers import BitFitLinear, ScaleBias, ScaleBiasLinear, ScaleBiasLinear4bit
 
 Filters = Filter | Iterable[Filter] | None
@@ -186,6 +186,7 @@ def _swap(module: Any, method: int, *, add_bias: bool) -> str | None:
         wide = torch.promote_types(dtype, torch.float32)  # near 1, a step of bfloat16 is 0.8 %: training would be lost
         module.scale = nn.Parameter(torch.ones(n, dtype=wide, device=device))
     if module.bias is not None:
+        drop_own_forward(module)
         module.__class__ = cls
     return None
 

@@ -121,7 +121,20 @@ def _restore(module: nn.Module) -> None:
     if release is not None:
         release(module)
     module.__dict__.pop("_weight_view", None)
+    drop_own_forward(module)
     module.__class__ = type(module).__bases__[-1]
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Whether the instance's `forward` is but its class's method, as PEFT's disable_adapter leaves it behind."""
+    forward = module.__dict__.get("forward")
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
+
+
+def drop_own_forward(module: nn.Module) -> None:
+    """Before the class changes: such an attribute would go on calling the old class's method."""
+    if own_forward(module):
+        del module.__dict__["forward"]
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, nn.Module] | None]]:
@@ -211,6 +224,7 @@ def _swap(module: nn.Module) -> list[Undo]:
     fused = _fused_class(module)
     undo: list[Undo] = fused._prepare(module)
     if type(module) is not fused:
+        drop_own_forward(module)
         module.__class__ = fused
         undo.append(lambda: _restore(module))
     return undo

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...checks import bad_value
+from ...checks import bad_value, check_virtual_tokens
 from .op import gated_prompt_attention
 
 
@@ -40,6 +40,9 @@ class GatedPromptAttention(nn.Module):
             raise bad_value(
                 "gate_activation", "'tanh' or None", repr(gate_activation), "None leaves the gate as it is."
             )
+        check_virtual_tokens(num_virtual_tokens)
+        if num_kv_heads and num_heads % num_kv_heads:
+            raise bad_value("num_kv_heads", f"a divisor of num_heads = {num_heads}", num_kv_heads, "See the model's.")
         shape = (num_kv_heads or num_heads, num_virtual_tokens, head_dim)
         self.prompt_k = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.prompt_v = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...checks import bad_type
 from ...weight4bit import Weight4bit
 from .op import linear_4bit
 from .state import from_state, to_state
@@ -23,6 +24,8 @@ class FrozenWeight(nn.Module):
     def __init__(self, weight: Weight4bit | torch.Tensor):
         super().__init__()
         dense = isinstance(weight, torch.Tensor)
+        if not (dense or isinstance(weight, Weight4bit)):
+            raise bad_type("weight", "a torch.Tensor or a Weight4bit", weight, "Use from_linear or from_bnb.")
         self.weight = nn.Parameter(weight, requires_grad=False) if dense else weight  # type: ignore[arg-type]
 
     @property

@@ -34,7 +34,7 @@ def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor |
     rank = lora_A.shape[0]
     tile = _SHRINK_TILE_FLOAT32 if pieces(x, lora_A) == 6 else _SHRINK_TILE if m > _TILE.block_m else _TILE
     block_m, block_k = max(16, min(tile.block_m, 1 << (m - 1).bit_length())), tile.block
-    tile_r = min(block_r(rank), tile.block_r)
+    tile_r = min(block_r(rank), tile.block_r, 32 if p else tile.block_r)  # a mask beside 64 columns spills on sm_80
     grid = (cdiv(m, block_m), cdiv(rank, tile_r))
     steps = cdiv(k, block_k)
     k_per_split = cdiv(steps, split_count(grid[0] * grid[1], steps, 16, target(x.device))) * block_k

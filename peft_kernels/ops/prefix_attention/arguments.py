@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...checks import bad_value, check_tensor
+from ...checks import bad_type, bad_value, check_tensor
 
 
 def check_attention(q: object, k: object, v: object) -> None:
@@ -107,6 +107,8 @@ def additive_mask(
 def check_gate(gate: torch.Tensor | float, q: torch.Tensor) -> torch.Tensor:
     """The gate as a tensor (H,) or (1,)."""
     if not isinstance(gate, torch.Tensor):
+        if not isinstance(gate, int | float):
+            raise bad_type("gate", "a torch.Tensor or a number", gate, "Pass the factor itself.")
         gate = torch.tensor(gate, dtype=torch.float32, device=q.device)
     check_tensor("gate", gate)
     _check_device("gate", gate, q)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ...checks import check_virtual_tokens
 from .op import prefix_attention
 
 
@@ -27,6 +28,7 @@ class PrefixAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_virtual_tokens(num_virtual_tokens)
         shape = (num_kv_heads, num_virtual_tokens, head_dim)
         self.prefix_k = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.prefix_v = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checks import bad_value
+from ...checks import bad_value, check_virtual_tokens
 from .op import prompt_embedding
 
 
@@ -23,8 +23,7 @@ class PromptEmbedding(nn.Module):
 
     def __init__(self, num_virtual_tokens: int, hidden: int, *, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
-        if num_virtual_tokens < 1:
-            raise bad_value("num_virtual_tokens", "at least 1", num_virtual_tokens, "Typical are 10 to 100.")
+        check_virtual_tokens(num_virtual_tokens)
         self.embedding = nn.Embedding(num_virtual_tokens, hidden, device=device, dtype=dtype)
 
     @classmethod
@@ -149,6 +148,7 @@ class PrefixEncoder(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_virtual_tokens(num_virtual_tokens)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
         width, total = num_kv_heads * head_dim, num_layers * 2 * num_kv_heads * head_dim

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ... import dispatch
-from ...checks import bad_type, bad_value, check_device, check_shape, check_tensor
+from ...checks import bad_type, bad_value, check_tensor
 from . import reference
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
@@ -57,9 +57,17 @@ def _check(input_ids: Any, embedding_weight: Any, prompt: Any) -> None:
         raise bad_value("input_ids", "shape (B, L)", tuple(input_ids.shape), "Reshape it.")
     check_tensor("embedding_weight", embedding_weight, 2)
     check_tensor("prompt", prompt, 2)
-    check_shape("prompt", prompt, (prompt.shape[0], embedding_weight.shape[1]))
+    width = embedding_weight.shape[1]
+    if prompt.shape[1] != width:
+        raise bad_value(
+            "prompt", f"shape {(prompt.shape[0], width)}", tuple(prompt.shape), "Match its width to the embedding's."
+        )
+    device = input_ids.device
     for name, tensor in (("embedding_weight", embedding_weight), ("prompt", prompt)):
-        check_device(name, tensor, input_ids.device)
+        if tensor.device != device:
+            raise bad_value(
+                name, f"device {device} (that of input_ids)", tensor.device, f"Move it with .to('{device}')."
+            )
 
 
 class _PromptEmbedding(torch.autograd.Function):

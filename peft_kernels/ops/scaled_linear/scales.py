@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...checks import bad_value, check_tensor
+from ...checks import bad_type, bad_value, check_tensor
 
 
 def combined_scale(
@@ -18,6 +18,8 @@ def combined_scale(
     features = shape[1] if is_feedforward else shape[0]
     allowed = ((features,), (1, features)) if is_feedforward else ((features,), (features, 1))
     single = isinstance(scale, torch.Tensor)
+    if not (single or isinstance(scale, Sequence)):
+        raise bad_type("scale", "a torch.Tensor or a sequence of them", scale, "Pass the learned vector.")
     vectors: list[torch.Tensor] = [scale] if isinstance(scale, torch.Tensor) else list(scale)
     if not vectors:
         raise bad_value("scale", "at least one vector", "none", "Call the base layer when no adapter is active.")
@@ -28,6 +30,9 @@ def combined_scale(
             kind = "scales the input" if is_feedforward else "scales the output"
             remedy = f"It {kind} of a weight {tuple(shape)}; see is_feedforward."
             raise bad_value(name, f"shape {allowed[0]} or {allowed[1]}", tuple(vector.shape), remedy)
+        if vector.device != vectors[0].device:
+            expected = f"device {vectors[0].device} (that of scale[0])"
+            raise bad_value(name, expected, vector.device, f"Move it with .to('{vectors[0].device}').")
     if len(vectors) == 1:
         return vectors[0]
     return functools.reduce(operator.mul, (vector.reshape(-1) for vector in vectors))
