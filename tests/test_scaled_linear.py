@@ -244,6 +244,20 @@ def test_library_ops(method, quantized):
     )
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_direct_call_agrees_with_the_library_op(backend, method):
+    """With leading dimensions and PEFT's vectors (n, 1), (1, n); the profiler sees the op, which goes another way."""
+    case = Case(method, (24, 128, 32), DTYPES["bfloat16-float32"], True)
+    case.x, case.dy = case.x.view(2, 3, 4, 128), case.dy.view(2, 3, 4, 32)
+    case.scale = case.scale.view((1, -1) if method == "ia3-feedforward" else (-1, 1))
+    direct = case.run(case.function)
+    with torch.profiler.profile() as profile:
+        observed = case.run(case.function)
+    assert all(torch.equal(direct[name], observed[name]) for name in direct)
+    seen = {event.key for event in profile.key_averages()}
+    assert backend == "reference" or {f"peft_kernels::{OP}_{way}" for way in ("forward", "backward")} <= seen
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_compile(backend, method):
