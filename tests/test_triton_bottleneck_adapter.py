@@ -35,7 +35,7 @@ class OnDevice(Case):
 
     def draws(self):
         """The interpreter is slow: one, where no result is a lone scalar."""
-        return 8 if self.r == 1 or self.scaling == "learned" else 1
+        return 16 if self.r == 1 or self.scaling == "learned" else 1
 
 
 CASES = {
