@@ -187,7 +187,7 @@ def test_what_cannot_be_prepared_is_reported():
         pass
 
     model = nn.Sequential(MyLinear(8, 8), nn.Linear(8, 8))
-    model[1].forward = model[1].forward
+    model[1].forward = lambda x, forward=model[1].forward: forward(x)
     report = pk.prepare_scale_bias(model)
     assert [name for name, _ in report.left] == ["0", "1"]
     assert "MyLinear" in report.left[0][1] and "forward is replaced" in report.left[1][1]
