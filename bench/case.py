@@ -20,7 +20,9 @@ Result = dict[str, torch.Tensor]
 Call = Callable[[], Any]
 
 OURS, FUNCTIONAL = "ours", "ours, functional"
-PEER_TOLERANCE = 0.02  # a peer must compute the same function: its root-mean-square error, relative to the result
+# A peer must compute the same function: its root-mean-square error, relative to the result, is at most this, or where
+# eager torch in the same dtype errs more than half of it (a layer norm's gradient in bfloat16), twice eager's.
+PEER_TOLERANCE = 0.02
 QUICK_ROWS = 16
 
 
@@ -182,8 +184,13 @@ def checked(reference: Callable[[], Result], eager: Callable[[], Result]) -> Wor
             if contender.kind == "ours":
                 assert_within_budget(actual[key], truth, eager()[key], key)
             else:
-                error = (actual[key].double() - truth).square().mean().sqrt() / truth.square().mean().sqrt()
-                assert error <= PEER_TOLERANCE, f"{key}: relative error {error:.3g}"
+                error, usual = (_relative_error(value[key], truth) for value in (actual, eager()))
+                assert error <= max(PEER_TOLERANCE, 2 * usual), f"{key}: relative error {error:.3g}"
 
     work = Work(check)
     return work
+
+
+def _relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """Root mean square of the difference, relative to that of the truth."""
+    return ((actual.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt()).item()

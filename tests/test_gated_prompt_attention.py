@@ -266,3 +266,18 @@ def test_bad_input(backend, changes, message):
     arguments = {"q": q, "k": k, "v": k, "prompt_k": prompt, "prompt_v": prompt, "gate": torch.zeros(4)}
     with pytest.raises(ValueError, match=message):
         pk.functional.gated_prompt_attention(**arguments | changes)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.tensor(0.5), torch.tensor([True] * 4 + [False] * 2), torch.randn(3, 6).double()]
+)
+def test_masks_that_torch_does_not_take(backend, mask):
+    """Of fewer dimensions, or of another dtype."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 3, 32), torch.randn(2, 2, 6, 32), torch.randn(2, 2, 6, 32)
+    prompt_k, prompt_v, gate = torch.randn(2, 5, 32), torch.randn(2, 5, 32), torch.rand(4)
+    y = pk.functional.gated_prompt_attention(q, k, v, prompt_k, prompt_v, gate, attn_mask=mask)
+    expected = pk.reference.gated_prompt_attention(
+        q.double(), k.double(), v.double(), prompt_k.double(), prompt_v.double(), gate.double(), attn_mask=mask
+    )
+    torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)

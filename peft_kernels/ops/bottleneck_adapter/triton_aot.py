@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -22,12 +21,12 @@ def _train(
     down, up = torch.empty(rank, k, dtype=parameters), torch.empty(k, rank, dtype=parameters)
     down_bias, wide = torch.empty(rank, dtype=parameters), torch.empty(k, dtype=parameters)
     gate = torch.empty(rows, dtype=dtype)
-    optional: tuple = (wide, wide, wide, gate) if options else (None,) * 4
-    adapter: Any = (down, down_bias, up, wide, *optional, True, activation, 1.0, 1e-5)
-    dropout: Any = (0.1, torch.empty(1, dtype=torch.int64)) if options else (0.0, None)
-    _, z, stats = forward(x, None, *adapter, *dropout, True)
+    optional = (wide, wide, wide, gate) if options else (None,) * 4
+    adapter = (down, down_bias, up, wide, *optional, True, activation, 1.0, 1e-5)
+    dropout = (0.1, torch.empty(1, dtype=torch.int64)) if options else (0.0, None)
+    _, z, stats = forward(x, None, *adapter, *dropout, True)  # type: ignore[call-arg]
     needs = [True, True, True, True, True, *[options] * 4]
-    backward(dy, x, z, stats, *adapter, *dropout, dtype, needs)
+    backward(dy, x, z, stats, *adapter, *dropout, dtype, needs)  # type: ignore[call-arg]
 
 
 def _infer(rows: int, k: int, rank: int) -> None:

@@ -222,9 +222,11 @@ def _tile(m: int, rank: int, pieces: int, on: Target, backward: bool = False) ->
     """Set from compiled objects (no spills, shared memory), not measured."""
     tile_r = max(16, triton.next_power_of_2(rank))
     if pieces > 1:  # three or six products a step
-        block_m, block, warps = 32, 32, 4
+        block_m, block, warps = 32, 16, 4
+    elif backward:
+        block_m, block, warps = 64, 32, 8
     else:
-        block_m, block, warps = 64, 64 if tile_r <= 128 else 32, 4 if tile_r <= 64 and not backward else 8
+        block_m, block, warps = 64, 64 if tile_r <= 128 else 32, 4 if tile_r <= 64 else 8
     return {
         "BLOCK_M": max(16, min(block_m, triton.next_power_of_2(m))),
         "BLOCK": block,

@@ -81,8 +81,8 @@ def gated_prompt_attention(
             q, k, v, prompt_k, prompt_v, gate, attn_mask=attn_mask, is_causal=is_causal, scale=scale
         )
     q, prompt_k, prompt_v = rows_of_heads(q, prompt_k, prompt_v)
-    if attn_mask is not None and is_causal:
-        attn_mask = additive_mask(attn_mask, True, q.shape[2], k.shape[2], q.dtype, q.device)
+    if attn_mask is not None and (is_causal or not _taken_by_torch(attn_mask, q)):
+        attn_mask = additive_mask(attn_mask, is_causal, q.shape[2], k.shape[2], q.dtype, q.device)
         is_causal = False
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     train = torch.is_grad_enabled()
@@ -90,12 +90,17 @@ def gated_prompt_attention(
     if own and takes_keys(q, k, v, attn_mask):
         return _GatedPromptAttention.apply(None, q, k, v, prompt_k, prompt_v, gate, is_causal, factor, backend)
     base = F.scaled_dot_product_attention(
-        q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
     )
     tensors = (prompt_k, prompt_v, gate)
     if train and any(t.requires_grad for t in (base, q, *tensors)):
         return _GatedPromptAttention.apply(base, q, None, None, *tensors, is_causal, factor, backend)
     return torch.ops.peft_kernels.gated_prompt_attention_forward(base, q, *tensors, factor, backend)[0]
+
+
+def _taken_by_torch(attn_mask: torch.Tensor, q: torch.Tensor) -> bool:
+    """Whether torch's attention takes the mask as it is."""
+    return attn_mask.ndim >= 2 and attn_mask.dtype in (torch.bool, q.dtype, torch.float32)
 
 
 class _GatedPromptAttention(torch.autograd.Function):

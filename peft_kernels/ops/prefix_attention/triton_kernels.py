@@ -30,7 +30,7 @@ _TILES = {
     (True, 64): _Tile(64, 32, 4),
     (True, 128): _Tile(32, 32, 4),
     (True, 256): _Tile(16, 32, 4),
-    (False, 64): _Tile(16, 16, 8),
+    (False, 64): _Tile(16, 16, 4),
 }
 
 
