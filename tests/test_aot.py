@@ -79,6 +79,13 @@ def hold(row):
         assert not worse, f"{row['launch']} on {row['target']}: {worse}; if it must be, `python -m bench aot`"
 
 
+@pytest.mark.parametrize("rows", [1, 32, 64])
+def test_few_instructions_a_weight_on_hopper(rows):
+    """The gate of the small-M loop, on the committed table, which `test_compiles` holds the compiler to."""
+    row = COMMITTED["rows"]["sm_90", f"linear_4bit forward M={rows} bf16 nested _linear_4bit_fwd_kernel"]
+    assert row["sass_per_weight"] <= 6 and "wgmma.mma_async" in row["matrix"]
+
+
 @pytest.mark.parametrize("source", gate.cuda_sources(), ids=lambda path: path.name)
 @pytest.mark.parametrize("target", gate.CUDA_TARGETS)
 def test_cuda_file(source, target):
