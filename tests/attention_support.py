@@ -1,9 +1,43 @@
 """What the tests of the prompt attentions share: the same results by torch's own attention."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from peft_kernels.ops.prefix_attention.arguments import additive_mask
+from peft_kernels.testing import assert_within_budget
+
+
+class AttentionCase:
+    """One call: its arguments as attributes, with `dy` and `options`, and the call in three arithmetics."""
+
+    names: tuple[str, ...]
+    function: Callable  # the operation; its reference; the same by torch's fused attention
+    reference: Callable
+    fused: Callable
+
+    def arguments(self):
+        return [getattr(self, name) for name in self.names]
+
+    def run(self, function, cast=lambda t: t):
+        """y and every gradient, by name."""
+        leaves = [cast(t).detach().requires_grad_() for t in self.arguments()]
+        options = dict(self.options)
+        if (mask := options.get("attn_mask")) is not None and mask.dtype != torch.bool:
+            options["attn_mask"] = cast(mask)
+        y = function(*leaves, **options)
+        gradients = torch.autograd.grad(y, leaves, cast(self.dy))
+        return {"y": y.detach(), **{f"d{name}": g for name, g in zip(self.names, gradients, strict=True)}}
+
+    def check(self, backend, function=None):
+        """Everything within the error budget; that of torch's fused attention for the kernels."""
+        cls = type(self)
+        ours = self.run(function or cls.function)
+        truth = self.run(cls.reference, lambda t: t.double())
+        eager = self.run(cls.reference if backend == "reference" else cls.fused)
+        for name, value in ours.items():
+            assert_within_budget(value, truth[name], eager[name], name)
 
 
 def _attention(q, k, v, attn_mask, is_causal, scale):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import peft_kernels as pk
-from peft_kernels import dispatch
+from peft_kernels import dispatch, native
 
 
 @pytest.fixture(params=["reference", "native"])
@@ -21,3 +21,32 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name.startswith("test_triton_") and torch.cuda.is_available():
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(params=native.load().supported_isas() if native.why_not() is None else [])
+def isa(request):
+    """Each instruction set of this machine, in the native core, chosen by name."""
+    core = native.load()
+    before = core.isa()
+    core.set_isa(request.param)
+    with pk.use_backend("native"):
+        yield request.param
+    core.set_isa(before)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """As many threads as given, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poison():
+    """Every tensor that is allocated without a value holds NaN (integers: their largest value)."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -3,14 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_support import two_attentions
+from attention_support import AttentionCase, two_attentions
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
 from peft_kernels import dispatch
 from peft_kernels.ops.gated_prompt_attention.native_calls import takes_keys
 from peft_kernels.ops.prefix_attention import library
-from peft_kernels.testing import assert_within_budget
 
 OP = "gated_prompt_attention"
 # B, H, Hkv, L, S, D, P
@@ -28,8 +27,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NAMES = ("q", "k", "v", "prompt_k", "prompt_v", "gate")
 
 
-class Case:
-    """One call: its arguments, and the call in three arithmetics."""
+class Case(AttentionCase):
+    """One call of gated_prompt_attention."""
+
+    names = NAMES
+    function = pk.functional.gated_prompt_attention
+    reference = pk.reference.gated_prompt_attention
+    fused = two_attentions
 
     def __init__(self, shape, dtype, *, per_sample=False, scalar=False, gate_dtype=None, **options):
         batch, heads, kv_heads, length, keys, width, prompt = shape
@@ -40,24 +44,6 @@ class Case:
         self.prompt_k, self.prompt_v = (torch.randn(prompts).to(dtype) for _ in range(2))
         self.gate = torch.randn(() if scalar else (heads,)).to(gate_dtype or dtype)
         self.options = options
-
-    def arguments(self):
-        return [getattr(self, name) for name in NAMES]
-
-    def run(self, function, cast=lambda t: t):
-        """y and every gradient, by name."""
-        leaves = [cast(t).detach().requires_grad_() for t in self.arguments()]
-        y = function(*leaves, **self.options)
-        gradients = torch.autograd.grad(y, leaves, cast(self.dy))
-        return {"y": y.detach(), **{f"d{name}": g for name, g in zip(NAMES, gradients, strict=True)}}
-
-    def check(self, backend, function=pk.functional.gated_prompt_attention):
-        """Everything within the error budget; that of torch's fused attention for the kernels."""
-        ours = self.run(function)
-        truth = self.run(pk.reference.gated_prompt_attention, lambda t: t.double())
-        eager = self.run(pk.reference.gated_prompt_attention if backend == "reference" else two_attentions)
-        for name, value in ours.items():
-            assert_within_budget(value, truth[name], eager[name], name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -10,17 +10,6 @@ import peft_kernels as pk
 from peft_kernels import native
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=native.why_not() or "")
-ISAS = native.load().supported_isas() if native.why_not() is None else []
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    module = native.load()
-    before = module.isa()
-    module.set_isa(request.param)
-    with pk.use_backend("native"):
-        yield request.param
-    module.set_isa(before)
 
 
 CASES = {

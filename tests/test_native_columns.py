@@ -18,14 +18,6 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (3, 17), (4, 256), (63, 257), (64, 40), (65, 512), (203, 301), (512, 1030)]
 
 
-@pytest.fixture(params=core.supported_isas())
-def isa(request):
-    before = core.isa()
-    core.set_isa(request.param)
-    yield request.param
-    core.set_isa(before)
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

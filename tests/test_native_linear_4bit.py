@@ -17,22 +17,6 @@ ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 25, 33, 64, 100, 256]
 GUARD = 5  # columns between the rows of an output that must stay untouched
 
 
-@pytest.fixture(params=core.supported_isas())
-def isa(request):
-    before = core.isa()
-    core.set_isa(request.param)
-    yield request.param
-    core.set_isa(before)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def rand(*shape, seed, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

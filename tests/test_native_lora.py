@@ -14,22 +14,12 @@ from peft_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=native.why_not() or "")
 
-ISAS = native.load().supported_isas() if native.why_not() is None else []
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RANKS = [1, 3, 8, 16, 17, 64, 256]
 ROWS = [1, 2, 5, 13, 14, 64, 257]
 COLUMNS = [1, 7, 64, 100, 576]
 SEED = -0x123456789ABCDEF
 GUARD = 3  # poisoned columns to the right of every strided matrix
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    module = native.load()
-    before = module.isa()
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
 
 
 @pytest.fixture(autouse=True)

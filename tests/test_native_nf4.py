@@ -22,22 +22,6 @@ SIZES = [1, 2, 31, 64, 65, 127, 4096, 5001, 12345]
 GUARD = 67  # elements past the end that must stay untouched
 
 
-@pytest.fixture(params=core.supported_isas())
-def isa(request):
-    before = core.isa()
-    core.set_isa(request.param)
-    yield request.param
-    core.set_isa(before)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def bnb():
     functional = pytest.importorskip("bitsandbytes.functional")

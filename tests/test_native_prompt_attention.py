@@ -9,31 +9,14 @@ import peft_kernels as pk
 from peft_kernels import native
 from peft_kernels.ops.prefix_attention import library, native_calls
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=native.why_not() or "")
+pytestmark = [
+    pytest.mark.skipif(native.why_not() is not None, reason=native.why_not() or ""),
+    pytest.mark.usefixtures("poison"),
+]
 
-ISAS = native.load().supported_isas() if native.why_not() is None else []
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # B, H, Hkv, L, S, D, P: blocks of 32 queries and units of 16 columns, whole and broken
 SHAPES = {"broken": (2, 4, 2, 37, 37, 41, 19), "whole": (1, 2, 2, 64, 64, 64, 48)}
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    module = native.load()
-    before = module.isa()
-    module.set_isa(request.param)
-    with pk.use_backend("native"):
-        yield request.param
-    module.set_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Every tensor that is allocated without a value holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

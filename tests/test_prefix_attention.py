@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from attention_support import concatenated
+from attention_support import AttentionCase, concatenated
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
 from peft_kernels import dispatch
-from peft_kernels.testing import assert_within_budget
 
 OP = "prefix_attention"
 # B, H, Hkv, L, S, D, P
@@ -40,8 +39,13 @@ def padding(batch, keys):
     return torch.arange(keys)[None, None, None, :] < torch.arange(batch).mul(3)[:, None, None, None]
 
 
-class Case:
-    """One call: its arguments, and the call in three arithmetics."""
+class Case(AttentionCase):
+    """One call of prefix_attention."""
+
+    names = NAMES
+    function = pk.functional.prefix_attention
+    reference = pk.reference.prefix_attention
+    fused = concatenated
 
     def __init__(self, shape, dtype, prefix_dtype=None, seed=0, **options):
         batch, heads, kv_heads, length, keys, width, prefix = shape
@@ -52,24 +56,6 @@ class Case:
         prefixes = (torch.randn(kv_heads, prefix, width).to(prefix_dtype or dtype) for _ in range(2))
         self.prefix_k, self.prefix_v = prefixes
         self.options = options
-
-    def run(self, function, cast=lambda t: t):
-        """y and every gradient, by name."""
-        leaves = [cast(getattr(self, name)).detach().requires_grad_() for name in NAMES]
-        options = dict(self.options)
-        if (mask := options.get("attn_mask")) is not None and mask.dtype != torch.bool:
-            options["attn_mask"] = cast(mask)
-        y = function(*leaves, **options)
-        gradients = torch.autograd.grad(y, leaves, cast(self.dy))
-        return {"y": y.detach(), **{f"d{name}": g for name, g in zip(NAMES, gradients, strict=True)}}
-
-    def check(self, backend, function=pk.functional.prefix_attention):
-        """Everything within the error budget; that of torch's fused attention for the kernels."""
-        ours = self.run(function)
-        truth = self.run(pk.reference.prefix_attention, lambda t: t.double())
-        eager = self.run(pk.reference.prefix_attention if backend == "reference" else concatenated)
-        for name, value in ours.items():
-            assert_within_budget(value, truth[name], eager[name], name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from triton_support import DEVICE, HALVES, poison, randn, seed
+from triton_support import DEVICE, HALVES, randn, seed
 
 from peft_kernels import Weight4bit, functional, use_backend
 from peft_kernels.ops.linear_4bit import triton_kernels
 
-__all__ = ["poison", "seed"]  # fixtures
+__all__ = ["seed"]  # fixtures
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 RANK = 8
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_support import DEVICE, HALVES, poison, randn, seed
+from triton_support import DEVICE, HALVES, randn, seed
 
 from peft_kernels import Weight4bit, functional, use_backend
 from peft_kernels.ops.linear_4bit import triton_kernels
 from peft_kernels.testing import assert_within_budget
 
-__all__ = ["poison", "seed"]  # fixtures
+__all__ = ["seed"]  # fixtures
 
 # rows, N, K, quant_type, blocksize, nested, bias: every way to decode a tile, every row tile, odd sizes
 CASES = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_support import DEVICE, HALVES, poison, randn, seed
+from triton_support import DEVICE, HALVES, randn, seed
 
 from peft_kernels import Weight4bit, functional, use_backend
 from peft_kernels.dropout import draw_seeds, scale_mask
@@ -12,7 +12,7 @@ from peft_kernels.ops.lora_linear.triton_adapter import shrink
 from peft_kernels.testing import assert_within_budget
 from peft_kernels.triton_common.lowrank import LowRank, expand_add
 
-__all__ = ["poison", "seed"]  # fixtures
+__all__ = ["seed"]  # fixtures
 FLOAT = torch.float32
 
 # rows, N, K, ranks, adapter dtype (None: x's), quantized base, dropout, bias

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from triton_support import DEVICE, HALVES, poison, randn, seed
+from triton_support import DEVICE, HALVES, randn, seed
 
 from peft_kernels import Weight4bit, use_backend
 from peft_kernels.ops.nf4 import reference, triton_kernels
 
-__all__ = ["poison", "seed"]  # fixtures
+__all__ = ["seed"]  # fixtures
 DTYPES = [torch.float32, *HALVES]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention_support import concatenated, two_attentions
-from triton_support import DEVICE, HALVES, poison, randn, seed  # noqa: F401
+from triton_support import DEVICE, HALVES, randn, seed  # noqa: F401
 
 import peft_kernels as pk
 from peft_kernels.testing import assert_within_budget
@@ -47,7 +47,7 @@ def tensors(shape, dtype):
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_prefix(poison, shape, dtype):  # noqa: F811
+def test_prefix(poison, shape, dtype):
     q, k, v, prefix, dy = tensors(shape, dtype)
     is_causal = shape[3] == shape[4]
     check(
@@ -60,7 +60,7 @@ def test_prefix(poison, shape, dtype):  # noqa: F811
     )
 
 
-def test_prefix_with_a_mask(poison):  # noqa: F811
+def test_prefix_with_a_mask(poison):
     q, k, v, prefix, dy = tensors((2, 2, 1, 17, 13, 64, 20), torch.float32)
     mask = torch.rand(2, 1, 17, 13, device=DEVICE) < 0.5
     mask[0, 0, 3] = False
@@ -76,7 +76,7 @@ def test_prefix_with_a_mask(poison):  # noqa: F811
 
 @pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per-sample"])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-def test_gated(poison, dtype, per_sample):  # noqa: F811
+def test_gated(poison, dtype, per_sample):
     q, k, v, prompt, dy = tensors(SHAPES["primes"], dtype)
     if per_sample:
         prompt = [randn(2, 2, 10, 40, dtype=dtype) for _ in range(2)]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from triton_support import DEVICE, HALVES, poison, randn, seed
+from triton_support import DEVICE, HALVES, randn, seed
 
 from peft_kernels.ops.prompt_embedding import reference, triton_kernels
 
-__all__ = ["poison", "seed"]  # fixtures
+__all__ = ["seed"]  # fixtures
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

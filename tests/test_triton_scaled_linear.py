@@ -3,13 +3,13 @@
 import pytest
 import torch
 from test_scaled_linear import METHODS, Case
-from triton_support import DEVICE, HALVES, poison, randn, seed
+from triton_support import DEVICE, HALVES, randn, seed
 
 from peft_kernels import use_backend
 from peft_kernels.ops.scaled_linear.triton_columns import columns
 from peft_kernels.testing import assert_within_budget
 
-__all__ = ["poison", "seed"]  # fixtures
+__all__ = ["seed"]  # fixtures
 
 # M, K, N: one row, odd sizes with blocks that straddle rows, a split over rows, decode + vendor GEMM
 SHAPES = {"one-row": (1, 64, 96), "odd": (5, 33, 7), "split": (70, 128, 80), "vendor": (530, 64, 48)}

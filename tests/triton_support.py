@@ -21,15 +21,6 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def poison():
-    """Every tensor that is allocated without a value holds NaN (integers: their largest value)."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
 def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
     """Fresh normal values on the device."""
     return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
