@@ -11,13 +11,19 @@ from ...triton_common.device import apply_dropout, dot_wide
 
 @triton.jit
 def _row_statistics(x_ptr, m_in, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and 1 / std of the rows at x_ptr, one tile's joined to those of the tiles before (Chan et al., 1979)."""
+    """Mean and 1 / std of the rows at x_ptr, one tile's joined to those of the tiles before (Chan et al., 1979).
+
+    Around the first tile's mean: joining then rounds at the scale of what varies, however far from zero a row lies.
+    """
     k = tl.arange(0, BLOCK_K)
+    first = tl.load(x_ptr + k[None, :], mask=m_in & (k < K)[None, :], other=0.0).to(tl.float32)
+    shift = tl.sum(first, 1) / tl.sum((k < K).to(tl.float32), 0)
     mean = tl.zeros([BLOCK_M], tl.float32)
     squares = tl.zeros([BLOCK_M], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k_in = (k < K - k0)[None, :]
         x = tl.load(x_ptr + (k0 + k)[None, :], mask=m_in & k_in, other=0.0).to(tl.float32)
+        x = tl.where(k_in, x - shift[:, None], 0.0)
         count = tl.minimum(K - k0, BLOCK_K).to(tl.float32)
         share = count / (k0 + count)
         tile_mean = tl.sum(x, 1) / count
@@ -25,7 +31,7 @@ def _row_statistics(x_ptr, m_in, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.cons
         delta = tile_mean - mean
         mean += delta * share
         squares += tl.sum(d * d, 1) + delta * delta * (k0 * share)
-    return mean, 1.0 / tl.sqrt(squares / K + eps)
+    return shift + mean, 1.0 / tl.sqrt(squares / K + eps)
 
 
 @triton.jit(do_not_specialize=["threshold"])
