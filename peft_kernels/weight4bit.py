@@ -287,7 +287,7 @@ def check_weight4bit(weight: Any) -> Weight4bit:
 
 def check_base(x: torch.Tensor, weight: object, bias: object) -> tuple[int, int]:
     """(N, K) of an adapted layer's weight, dense or 4-bit, that fits x and bias."""
-    if not isinstance(weight, torch.Tensor | Weight4bit):
+    if not isinstance(weight, (torch.Tensor, Weight4bit)):  # a union would be made anew at every call
         raise bad_type("weight", "a torch.Tensor or a Weight4bit", weight, "Pass layer.weight or a Weight4bit.")
     if len(weight.shape) != 2:
         raise bad_value("weight", "shape (N, K)", tuple(weight.shape), "Pass the linear layer's weight.")

@@ -32,20 +32,21 @@ def forward(
     x = row_major(x)
     m, ranks = x.shape[0], [a.shape[0] for a in lora_A]
     s = torch.empty((m, sum(ranks)), dtype=torch.float32)
-    for a, column, p, seed in zip(lora_A, _columns(s, ranks), dropout_p, _seeds(seeds, ranks), strict=True):
+    columns = _columns(s, ranks)
+    for a, column, p, seed in zip(lora_A, columns, dropout_p, _seeds(seeds, ranks), strict=True):
         _shrink(x, a.contiguous(), False, 1.0, p, seed, column)
     right = [b.contiguous() for b in lora_B]
     if isinstance(weight, Weight4bit) and base.fused_forward(m, x.dtype, weight):
         terms = [
-            (*column, b.data_ptr(), native.dtype_code(b.dtype), b.shape[1], scale)
-            for column, b, scale in zip(_columns(s, ranks), right, scaling, strict=True)
+            (*column, b.data_ptr(), native.dtype_code(b.dtype), rank, scale)
+            for column, b, rank, scale in zip(columns, right, ranks, scaling, strict=True)
         ]
         return base.forward_fused(x, weight, bias, terms), s
     w = base.decode(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
     y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
     added = [
-        (*column, b.data_ptr(), native.dtype_code(b.dtype), True, b.shape[1], scale, 0.0, 0)
-        for column, b, scale in zip(_columns(s, ranks), right, scaling, strict=True)
+        (*column, b.data_ptr(), native.dtype_code(b.dtype), True, rank, scale, 0.0, 0)
+        for column, b, rank, scale in zip(columns, right, ranks, scaling, strict=True)
     ]
     _expand_add(y, added)
     return y, s

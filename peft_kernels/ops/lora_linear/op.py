@@ -66,26 +66,21 @@ def lora_linear(
     """
     adapters = Adapters.parse(lora_A, lora_B, scaling, lora_bias, dropout_p, training)
     out_features, in_features = check_base(x, weight, bias)
-    adapters.check(out_features, in_features, x.device)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device
+    adapters.check(out_features, in_features, device)
+    if torch.is_autocast_enabled(device.type):
+        x = x.to(torch.get_autocast_dtype(device.type))
         weight = weight.to(x.dtype) if isinstance(weight, torch.Tensor) else weight
-    backend = dispatch.choose("lora_linear", x.device, (x.dtype, *adapters.dtypes()))
-    seeds = draw_seeds(adapters.dropout_p, x.device)
+    tensors = [*adapters.lora_A, *adapters.lora_B]
+    backend = dispatch.choose("lora_linear", device, (x.dtype, *[t.dtype for t in tensors]))
+    seeds = draw_seeds(adapters.dropout_p, device)
     if backend == "reference":
         return reference.with_seeds(x, weight, adapters, bias, seeds)
-    for s, lora_bias_i in zip(adapters.scaling, adapters.lora_bias, strict=True):
-        if lora_bias_i is not None:
-            bias = s * lora_bias_i if bias is None else bias + s * lora_bias_i
-    observed = dispatch.observed(
-        x, bias, weight if isinstance(weight, torch.Tensor) else weight.packed, *adapters.lora_A, *adapters.lora_B
-    )
+    bias = adapters.add_bias(bias)
+    base = weight if isinstance(weight, torch.Tensor) else weight.packed
+    observed = dispatch.observed(x, bias, base, *tensors)
     adapter_args = adapters.scaling, adapters.dropout_p, seeds, backend
-    tensors: tuple = (x, bias, *adapters.lora_A, *adapters.lora_B)
-    if torch.is_grad_enabled() and (
-        any(t is not None and t.requires_grad for t in tensors)
-        or (isinstance(weight, torch.Tensor) and weight.requires_grad)
-    ):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, base, *tensors)):
         as_parts = isinstance(weight, torch.Tensor) or torch.compiler.is_compiling()
         parts, meta = split_base(weight) if as_parts else ([], [])
         static = (None if parts else weight, len(parts), meta, observed, adapters.scaling, adapters.dropout_p, backend)
