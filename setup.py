@@ -92,10 +92,15 @@ CUDA_MODULE = "peft_kernels._native_cuda"
 class BuildNative(build_ext):
     """One object per source with its own instruction-set flags, in parallel, skipping those that are up to date."""
 
+    core_failed = False
+
     def build_extension(self, ext: Extension) -> None:
+        if self.core_failed:  # what depends on it need not be tried
+            return
         try:
             self._build_native(ext)
         except Exception as error:
+            self.core_failed = ext.name != CUDA_MODULE
             if ext.optional:
                 print(CUDA_WARNING if ext.name == CUDA_MODULE else WARNING, f"({error})\n", file=sys.stderr)
                 if not getattr(error, "__module__", "").startswith(("distutils", "setuptools")):

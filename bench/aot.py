@@ -2,9 +2,9 @@
 
 A Triton row is one launch of a call that an operation compiles ahead of time (`ops/<op>/triton_aot.py`) on one target:
 registers a thread, bytes spilled, shared memory, matrix instructions, and the machine instructions that a 4-bit weight
-costs in the main loop. A CUDA row is one kernel of `csrc/cuda/*.cu`; of those that decode it also has the share of these
-instructions that integer units execute, which are half as wide, and how many 16-byte loads of weights are in a turn of
-the loop. `python -m bench aot` writes both to `results/aot.json`, and the tests hold what is compiled to it.
+costs in the main loop. A CUDA row is one kernel of `csrc/cuda/*.cu`; of those that decode it also has how many of these
+instructions are for the integer units, which are half as wide, the words that it reads from shared memory, and how many
+16-byte loads of weights there are in a turn of the loop. `python -m bench aot` writes both to `results/aot.json`, and the tests hold what is compiled to it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from .environment import RESULTS, ROOT
 PATH = RESULTS / "aot.json"
 CUDA = ROOT / "csrc" / "cuda"
 CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100")
-NOT_MORE = ("registers", "spills", "shared", "sass_per_weight", "integer_per_weight")
+NOT_MORE = ("registers", "spills", "shared", "sass_per_weight", "integer_per_weight", "shared_per_weight")
 WARP = 32
 _MATRIX = re.compile(r"[HQU]\w*MMA|WARPGROUP\.\w*MMA")
 # What the integer units execute on these targets, by NVIDIA's table of arithmetic throughput: 64 lanes a clock.
 _INTEGER = re.compile(r"(PRMT|SHF|LOP3|ISETP|IADD3|SEL|LEA|VIADD|VIMNMX|VIADDMNMX|IMNMX)\b")
 # Weights come by the only loads that are not to stay in the cache.
 _WEIGHT_LOAD = re.compile(r"LDG\.E\.EF\.(\d+)")
+_SHARED_LOAD = re.compile(r"LDS(?:\.U)?(?:\.(\d+))?$")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?(?P<name>[A-Z]\S*)(?P<rest>.*);")
 
@@ -156,11 +157,13 @@ def decoding(sass: str) -> Row:
     loop = max((body for body in bodies if any(map(_MATRIX.match, body))), key=len, default=[])
     loads = [int(found[1]) for found in map(_WEIGHT_LOAD.match, loop) if found]
     weights = sum(loads) / 4
+    words = sum(int(found[1] or 32) / 32 for found in map(_SHARED_LOAD.match, loop) if found)
     integer = sum(_INTEGER.match(name) is not None for name in loop)
     return {
         "matrix": sorted({name.partition(".")[0] for name in names if _MATRIX.match(name)}),
         "sass_per_weight": round(len(loop) / weights, 3) if weights else None,
         "integer_per_weight": round(integer / weights, 3) if weights else None,
+        "shared_per_weight": round(words / weights, 3) if weights else None,
         "wide_loads": loads.count(128),
     }
 

@@ -37,8 +37,8 @@ CASES = {
 }
 if torch.cuda.is_available():
     CASES |= {
-        "decode": (1, 14336, 4096, BF16, "nf4", 64, True, BF16, 16),
-        "batch-decode": (16, 4096, 14336, BF16, "nf4", 64, True, None, 16),
+        "real-one-row": (1, 14336, 4096, BF16, "nf4", 64, True, BF16, 16),
+        "real-sixteen-rows": (16, 4096, 14336, BF16, "nf4", 64, True, None, 16),
     }
 
 
@@ -58,11 +58,11 @@ class Inputs:
         self.lora_B = [(randn(n, rank) / 4).to(device, dtype)] if rank else []
         self.scaling = [0.5] * len(self.lora_A)
 
-    def forward(self, x=None):
+    def forward(self, x=None, by_table=cuda_calls.BY_TABLE):
         """y by the CUDA kernels."""
         x = self.x if x is None else x
         if not self.lora_A:
-            return cuda_calls.forward(x, self.weight, self.bias)
+            return cuda_calls.forward(x, self.weight, self.bias, by_table=by_table)
         ps = [0.0] * len(self.lora_A)
         return lora._forward_cuda(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, ps)[0]
 
@@ -87,13 +87,23 @@ def test_forward(place, case, poison):
     assert torch.equal(inputs.forward(), y)
 
 
+@pytest.mark.parametrize("m, dtype, quant_type", [(4, BF16, "nf4"), (8, FP16, "fp4"), (16, BF16, "nf4")])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_both_decodes_agree(place, m, dtype, quant_type, nested):
+    """By table and by byte permutes, every kernel: the same bits."""
+    inputs = Inputs(place.device, m, 37, 576, dtype, quant_type, nested=nested, bias=FP32)
+    by_permutes = inputs.forward(by_table=False)
+    inputs.check(by_permutes)
+    assert torch.equal(inputs.forward(by_table=True), by_permutes)
+
+
 @pytest.mark.parametrize("m, dtype", [(1, BF16), (6, FP16), (16, BF16)])
 def test_k_is_split_where_x_does_not_fit(place, m, dtype, poison):
     """Through float32 planes, and a second kernel that adds up, with bias and adapter."""
     inputs = Inputs(place.device, m, 40, 2112, dtype, bias=FP32, rank=4)
-    place.shape(shared_memory=(m <= 4 and 9 or 24) << 10)
+    place.shape(shared_memory=(41 if m <= 4 else 56) << 10)
     if place.device.type == "cpu":
-        assert native.cuda_core().linear_4bit_splits(0, m, 2112) > 1
+        assert native.cuda_core().linear_4bit_splits(0, m, 2112, True) > 1
     y = inputs.forward()
     inputs.check(y)
     place.shape()
@@ -163,7 +173,7 @@ def test_bad_arguments(place):
     x, y, view = inputs.x, torch.empty(2, 16, dtype=BF16, device=place.device), native_weight(inputs.weight)
     core, good = native.cuda_core(), {"device": 0, "stream": 0, "x": x.data_ptr(), "dtype": 2, "M": 2, "ldx": 64}
     good |= {"weight": view, "bias": 0, "bias_dtype": 0, "s": 0, "b": 0, "b_dtype": 0, "rank": 0, "scaling": 1.0}
-    good |= {"y": y.data_ptr(), "planes": 0}
+    good |= {"y": y.data_ptr(), "planes": 0, "by_table": True}
     core.linear_4bit_decode(**good)
     for bad in ({"x": 0}, {"y": 0}, {"M": 0}, {"M": 17}, {"ldx": 60}, {"dtype": 0}, {"dtype": 9}, {"s": y.data_ptr()}):
         with pytest.raises(ValueError):

@@ -20,27 +20,33 @@ struct Plan {
   size_t shared;
 };
 
-Plan make_plan(int device, int64_t M, int64_t K) {
+Plan make_plan(int device, int64_t M, int64_t K, bool table) {
   const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int64_t all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   const int64_t windows = (K + kWindow - 1) / kWindow;
   for (int64_t splits = 1;; ++splits) {
-    const int64_t each = (windows + splits - 1) / splits, shared = shared_bytes(M, each * kWindow);
+    const int64_t each = (windows + splits - 1) / splits, shared = shared_bytes(M, each * kWindow, table);
     if (shared > most) continue;
     const int64_t resident = all / (shared + 1024);  // the driver keeps 1 KiB of each block's
     return {int((windows + each - 1) / each), resident < 2 ? 1 : 2, int(each * kWindow), size_t(shared)};
   }
 }
 
-template <typename T, bool NESTED>
+template <typename T, bool NESTED, bool TABLE>
 auto* choose_kernel(int M) {
-  if (M <= 4) return linear_4bit_kernel<T, 128, 1, NESTED>;
-  return M <= 8 ? linear_4bit_kernel<T, 64, 1, NESTED> : linear_4bit_kernel<T, 64, 2, NESTED>;
+  if (M <= 4) return linear_4bit_kernel<T, 128, 1, NESTED, TABLE>;
+  return M <= 8 ? linear_4bit_kernel<T, 64, 1, NESTED, TABLE> : linear_4bit_kernel<T, 64, 2, NESTED, TABLE>;
 }
 
 template <typename T>
-void run(int device, uintptr_t stream, const Linear4& call, const Plan& plan) {
-  auto* kernel = call.weight.absmax2 ? choose_kernel<T, true>(call.M) : choose_kernel<T, false>(call.M);
+auto* choose_kernel(int M, bool nested, bool table) {
+  if (nested) return table ? choose_kernel<T, true, true>(M) : choose_kernel<T, true, false>(M);
+  return table ? choose_kernel<T, false, true>(M) : choose_kernel<T, false, false>(M);
+}
+
+template <typename T>
+void run(int device, uintptr_t stream, const Linear4& call, const Plan& plan, bool table) {
+  auto* kernel = choose_kernel<T>(call.M, call.weight.absmax2 != nullptr, table);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)),
              "shared memory");
   cudaFuncAttributes compiled;
@@ -82,7 +88,7 @@ std::string device_unsupported(int device) {
   if (status == cudaSuccess) {
     const DeviceGuard guard(device);
     cudaFuncAttributes compiled;
-    status = cudaFuncGetAttributes(&compiled, linear_4bit_kernel<__nv_bfloat16, 128, 1, true>);
+    status = cudaFuncGetAttributes(&compiled, linear_4bit_kernel<__nv_bfloat16, 128, 1, true, true>);
   }
   if (status != cudaSuccess) cudaGetLastError();  // told; the next call is not to find it
   return status == cudaSuccess ? "" : cudaGetErrorString(status);
@@ -100,11 +106,13 @@ std::vector<float> decode_table(QuantType quant_type, DType dtype) {
   return values;
 }
 
-int64_t linear_4bit_splits(int device, int64_t M, int64_t K) { return make_plan(device, M, K).splits; }
+int64_t linear_4bit_splits(int device, int64_t M, int64_t K, bool by_table) {
+  return make_plan(device, M, K, by_table).splits;
+}
 
 void linear_4bit_decode(int device, uintptr_t stream, const void* x, DType dtype, int64_t M, int64_t ldx,
                         const Weight4& weight, const void* bias, DType bias_dtype, const float* s, const void* b,
-                        DType b_dtype, int64_t rank, float scaling, void* y, float* planes) {
+                        DType b_dtype, int64_t rank, float scaling, void* y, float* planes, bool by_table) {
   const std::string reason = linear_4bit_unsupported(weight);
   require(reason.empty(), "the weight cannot be served: " + reason);
   require(dtype == DType::F16 || dtype == DType::BF16, "x must be float16 or bfloat16");
@@ -114,7 +122,7 @@ void linear_4bit_decode(int device, uintptr_t stream, const void* x, DType dtype
   require(x && y && (!s || (b && rank >= 1)), "a pointer is null");
   if (weight.N == 0) return;
   const DeviceGuard guard(device);
-  const Plan plan = make_plan(device, M, weight.K);
+  const Plan plan = make_plan(device, M, weight.K, by_table);
   require(plan.splits == 1 || planes, "planes is null, and K is split");
   const Linear4 call = {x,
                         weight,
@@ -129,9 +137,9 @@ void linear_4bit_decode(int device, uintptr_t stream, const void* x, DType dtype
                         log2_exact(weight.blocksize / 64),
                         weight.absmax2 ? log2_exact(weight.nested_blocksize) : 0};
   if (dtype == DType::F16) {
-    run<__half>(device, stream, call, plan);
+    run<__half>(device, stream, call, plan, by_table);
   } else {
-    run<__nv_bfloat16>(device, stream, call, plan);
+    run<__nv_bfloat16>(device, stream, call, plan, by_table);
   }
 }
 

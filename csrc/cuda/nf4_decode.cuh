@@ -11,6 +11,7 @@ namespace peft_kernels {
 // ones. The values are code * multiplier, rounded; block scales have to be multiplied by `unit`, 1 / multiplier.
 struct DecodeTable {
   uint32_t planes[2][4] = {};
+  uint16_t values[16] = {};
   float unit = 1;
   uint32_t top_bits = 0x44444444, own_nibbles = 0x32103210;  // a compiler that knew them would use more instructions
 };
@@ -29,6 +30,7 @@ inline DecodeTable make_decode_table(QuantType quant_type, DType dtype) {
   for (int i = 0; i < 16; ++i) {
     const float value = float(kCodeBooks[quant_type].code[i] * multiplier);
     const uint32_t bits = bf16 ? f32_to_bf16(value) : f32_to_f16(value);
+    table.values[i] = uint16_t(bits);
     for (int plane = 0; plane < 2; ++plane) table.planes[plane][i / 4] |= (bits >> 8 * plane & 0xff) << 8 * (i % 4);
   }
   return table;
@@ -51,6 +53,25 @@ __device__ __forceinline__ void decode_word(uint32_t word, const DecodeTable& ta
     pairs[2 * i] = byte_permute(bytes[0], bytes[1], 0x4051);
     pairs[2 * i + 1] = byte_permute(bytes[0], bytes[1], 0x6273);
     entry >>= 16, half >>= 16;
+  }
+}
+
+// The same by a table in shared memory: for each byte the pair of its weights, 32 times, so that each lane reads from a
+// bank of its own. A third of the instructions, and a word of shared memory for each two weights.
+constexpr int kPairs = 256 * 32 * 4;  // bytes
+
+__device__ __forceinline__ void fill_pairs(const DecodeTable& table, char* pairs) {
+  for (int i = threadIdx.x; i < kPairs / 16; i += blockDim.x) {
+    const uint32_t pair = table.values[i / 8 >> 4] | uint32_t(table.values[i / 8 & 15]) << 16;
+    *reinterpret_cast<uint4*>(pairs + 16 * i) = {pair, pair, pair, pair};
+  }
+}
+
+__device__ __forceinline__ void decode_word(uint32_t word, const char* table, int bank_offset, uint32_t (&pairs)[4]) {
+#pragma unroll
+  for (int byte = 0; byte < 4; ++byte) {
+    const uint32_t row = byte == 0 ? word << 7 : word >> (8 * byte - 7);
+    pairs[byte] = *reinterpret_cast<const uint32_t*>(table + ((row & 0x7f80u) | bank_offset));
   }
 }
 

@@ -11,6 +11,10 @@ from ..nf4.native_calls import native_weight
 
 MOST_ROWS = 16  # csrc/cuda/linear_4bit.h
 
+# How codes become values: by a table in shared memory rather than by byte permutes. A prediction (bench/model.py), not a
+# measurement: permutes are integer instructions, of which a multiprocessor issues half as many as of others.
+BY_TABLE = True
+
 # (S (M, rank) float32, B (N, rank), scaling): what `forward` adds before the one rounding.
 Term = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -18,12 +22,18 @@ Term = tuple[torch.Tensor, torch.Tensor, float]
 def refusal(what: str) -> BackendError:
     """The error of a call that these kernels do not serve."""
     return BackendError(
-        f"backend 'native' was asked for and its CUDA kernels serve the forward pass of at most {MOST_ROWS} rows over a "
-        f'4-bit weight, not {what}. Choose another with peft_kernels.use_backend(...), or "auto".'
+        f"backend 'native' was asked for and its CUDA kernels serve the forward pass of at most {MOST_ROWS} rows over "
+        f'a 4-bit weight, not {what}. Choose another with peft_kernels.use_backend(...), or "auto".'
     )
 
 
-def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, term: Term | None = None) -> torch.Tensor:
+def forward(
+    x: torch.Tensor,
+    weight: Weight4bit,
+    bias: torch.Tensor | None,
+    term: Term | None = None,
+    by_table: bool = BY_TABLE,
+) -> torch.Tensor:
     """y (M, N) = x W^T + b + scaling S B^T. Capturable: memory comes from torch, nothing waits."""
     core, view, x = native.cuda_core(), native_weight(weight), checked_rows(x)
     if reason := core.linear_4bit_unsupported(view):
@@ -31,7 +41,7 @@ def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, term
     (m, k), n = x.shape, weight.shape[0]
     index, stream = native.cuda_place(x.device)
     y = x.new_empty((m, n))
-    splits = core.linear_4bit_splits(index, m, k)
+    splits = core.linear_4bit_splits(index, m, k, by_table)
     planes = None if splits == 1 else x.new_empty((splits, m, n), dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
     s, b, scaling = (None, None, 0.0) if term is None else (term[0], term[1].contiguous(), term[2])
@@ -52,6 +62,7 @@ def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, term
         scaling,
         y.data_ptr(),
         0 if planes is None else planes.data_ptr(),
+        by_table,
     )
     return y
 
