@@ -4,7 +4,8 @@ A Triton row is one launch of a call that an operation compiles ahead of time (`
 registers a thread, bytes spilled, shared memory, matrix instructions, and the machine instructions that a 4-bit weight
 costs in the main loop. A CUDA row is one kernel of `csrc/cuda/*.cu`; of those that decode it also has how many of these
 instructions are for the integer units, which are half as wide, the words that it reads from shared memory, and how many
-16-byte loads of weights there are in a turn of the loop. `python -m bench aot` writes both to `results/aot.json`, and the tests hold what is compiled to it.
+16-byte loads of weights there are in a turn of the loop. `python -m bench aot` writes both to `results/aot.json`, and
+the tests hold what is compiled to it.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def fused(
     )
 
 
-# What a multiprocessor of NVIDIA's does in a clock besides issuing: lanes of integer instructions (a byte permute is one)
-# and words from shared memory without bank conflicts.
+# What a multiprocessor of NVIDIA's does in a clock besides issuing: lanes of integer instructions, which byte permutes
+# are, and words from shared memory without bank conflicts.
 INTEGER_LANES, SHARED_WORDS = 64, 32
 CUDA_TARGETS = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100"}
 

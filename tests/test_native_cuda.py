@@ -7,7 +7,7 @@ right; it shows nothing about the compiled code of a device.
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_support import emulation, place
+from cuda_support import beside_a_fault, emulation, place
 
 from peft_kernels import BackendError, Weight4bit, dispatch, functional, native, use_backend
 from peft_kernels.ops.linear_4bit import cuda_calls
@@ -121,12 +121,26 @@ def test_several_adapters(place):
 
 def test_strided_rows(place):
     """Rows that are not aligned, or far apart."""
-    inputs = Inputs(place.device, 3, 24, 192, BF16)
+    inputs = Inputs(place.device, 3, 24, 192, BF16, rank=4)
     y = inputs.forward()
     wide = torch.full((3, 203), float("nan"), dtype=BF16, device=place.device)
     wide[:, 3:195] = inputs.x
     for x in (wide[:, 3:195], inputs.x.t().contiguous().t(), torch.cat([inputs.x, inputs.x], dim=1)[:, :192]):
         assert torch.equal(inputs.forward(x), y)
+
+
+@pytest.mark.parametrize("place", ["emulated"], indirect=True)
+@pytest.mark.parametrize("m, n, k", [(1, 37, 320), (5, 17, 192), (16, 33, 5056)])
+@pytest.mark.parametrize("end", [False, True], ids=["before", "after"])
+def test_nothing_is_read_beyond_the_tensors(place, m, n, k, end):
+    """Each lies beside a page that faults."""
+    inputs = Inputs(place.device, m, n, k, BF16, bias=FP32, rank=3)
+    y = inputs.forward()
+    inputs.x, inputs.bias = beside_a_fault(inputs.x, end), beside_a_fault(inputs.bias, end)
+    parts = [beside_a_fault(part, end) for part in inputs.weight.parts()]
+    inputs.weight = Weight4bit.from_parts(parts, inputs.weight.meta())
+    inputs.lora_A, inputs.lora_B = ([beside_a_fault(t, end) for t in ts] for ts in (inputs.lora_A, inputs.lora_B))
+    assert torch.equal(inputs.forward(), y)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -151,10 +165,11 @@ def test_nan_and_infinity_stay_where_they_are(place, m, value):
 
 @pytest.mark.parametrize(
     "m, n, k, blocksize, what",
-    [(17, 8, 64, 64, "17 rows"), (1, 8, 96, 32, "multiple of 64"), (1, 8, 64, 32, "blocksize is 32")],
+    [(17, 8, 64, 64, "17 rows"), (1, 8, 100, 64, "multiple of 64"), (1, 8, 64, 32, "blocksize is 32")],
 )
-def test_refusals(place, m, n, k, blocksize, what):
-    inputs = Inputs(place.device, m, n, k, BF16, blocksize=blocksize)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_refusals(place, m, n, k, blocksize, what, rank):
+    inputs = Inputs(place.device, m, n, k, BF16, blocksize=blocksize, rank=rank)
     with pytest.raises(BackendError, match=f"{what}.*use_backend"):
         inputs.forward()
 

@@ -29,6 +29,18 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
+// The lower or the upper value of two in a register.
+template <typename T>
+__device__ __forceinline__ float half_of_pair(uint32_t pair, bool upper);
+template <>
+__device__ __forceinline__ float half_of_pair<__half>(uint32_t pair, bool upper) {
+  return to_float(__ushort_as_half(uint16_t(upper ? pair >> 16 : pair)));
+}
+template <>
+__device__ __forceinline__ float half_of_pair<__nv_bfloat16>(uint32_t pair, bool upper) {
+  return __uint_as_float(upper ? pair & 0xffff0000u : pair << 16);
+}
+
 // Element i of an array whose type is known at run time, as biases' and adapters' are.
 __device__ __forceinline__ float load_as_float(const void* data, int64_t i, DType dtype) {
   if (dtype == DType::F32) return static_cast<const float*>(data)[i];

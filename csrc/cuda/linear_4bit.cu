@@ -47,8 +47,9 @@ auto* choose_kernel(int M, bool nested, bool table) {
 template <typename T>
 void run(int device, uintptr_t stream, const Linear4& call, const Plan& plan, bool table) {
   auto* kernel = choose_kernel<T>(call.M, call.weight.absmax2 != nullptr, table);
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)),
-             "shared memory");
+  // always the most there is: another thread may launch the same kernel for another shape
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
   cudaFuncAttributes compiled;
   check_cuda(cudaFuncGetAttributes(&compiled, kernel), "linear_4bit");
   const int64_t tiles = (call.N + kTileRows - 1) / kTileRows;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ... import native
@@ -11,8 +13,8 @@ from ..nf4.native_calls import native_weight
 
 MOST_ROWS = 16  # csrc/cuda/linear_4bit.h
 
-# How codes become values: by a table in shared memory rather than by byte permutes. A prediction (bench/model.py), not a
-# measurement: permutes are integer instructions, of which a multiprocessor issues half as many as of others.
+# How codes become values: by a table in shared memory rather than by byte permutes. Predicted by bench/model.py, not
+# measured: permutes are integer instructions, of which a multiprocessor issues half as many as of others.
 BY_TABLE = True
 
 # (S (M, rank) float32, B (N, rank), scaling): what `forward` adds before the one rounding.
@@ -35,9 +37,7 @@ def forward(
     by_table: bool = BY_TABLE,
 ) -> torch.Tensor:
     """y (M, N) = x W^T + b + scaling S B^T. Capturable: memory comes from torch, nothing waits."""
-    core, view, x = native.cuda_core(), native_weight(weight), checked_rows(x)
-    if reason := core.linear_4bit_unsupported(view):
-        raise refusal(f"this one: {reason}")
+    core, view, x = native.cuda_core(), checked_weight(weight), checked_rows(x)
     (m, k), n = x.shape, weight.shape[0]
     index, stream = native.cuda_place(x.device)
     y = x.new_empty((m, n))
@@ -69,7 +69,7 @@ def forward(
 
 def shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """S (M, rank) float32 = x A^T."""
-    x, a = checked_rows(x), a.contiguous()
+    x, a = checked_rows(x), aligned(a.contiguous())
     (m, k), rank = x.shape, a.shape[0]
     s = x.new_empty((m, rank), dtype=torch.float32)
     index, stream = native.cuda_place(x.device)
@@ -89,9 +89,23 @@ def shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return s
 
 
+def checked_weight(weight: Weight4bit) -> Any:
+    """The C++ view of a weight that the kernels serve."""
+    view = native_weight(weight)
+    if reason := native.cuda_core().linear_4bit_unsupported(view):
+        raise refusal(f"this one: {reason}")
+    return view
+
+
 def checked_rows(x: torch.Tensor) -> torch.Tensor:
-    """x with at most 16 rows, which start at multiples of 16 bytes."""
+    """x with at most 16 rows, aligned."""
     if x.shape[0] > MOST_ROWS:
         raise refusal(f"{x.shape[0]} rows")
-    aligned = x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+    return aligned(x)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x with contiguous rows that start at multiples of 16 bytes."""
+    if x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -70,6 +70,7 @@ def _forward_cuda(
     """The same in CUDA C++; several adapters are one, side by side."""
     if any(dropout_p) or not isinstance(weight, Weight4bit):
         raise cuda_calls.refusal("dropout" if any(dropout_p) else "a dense one")
+    cuda_calls.checked_weight(weight)
     parts = [cuda_calls.shrink(x, a) for a in lora_A]
     if len(parts) == 1:
         s, right, scale = parts[0], lora_B[0], scaling[0]
