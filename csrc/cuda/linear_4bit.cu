@@ -28,7 +28,8 @@ Plan make_plan(int device, int64_t M, int64_t K, bool table) {
     const int64_t each = (windows + splits - 1) / splits, shared = shared_bytes(M, each * kWindow, table);
     if (shared > most) continue;
     const int64_t resident = all / (shared + 1024);  // the driver keeps 1 KiB of each block's
-    return {int((windows + each - 1) / each), resident < 2 ? 1 : 2, int(each * kWindow), size_t(shared)};
+    return {int((windows + each - 1) / each), int(resident < 2 ? 1 : most_resident(M)), int(each * kWindow),
+            size_t(shared)};
   }
 }
 
@@ -50,14 +51,16 @@ void run(int device, uintptr_t stream, const Linear4& call, const Plan& plan, bo
   // always the most there is: another thread may launch the same kernel for another shape
   const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
-  cudaFuncAttributes compiled;
-  check_cuda(cudaFuncGetAttributes(&compiled, kernel), "linear_4bit");
   const int64_t tiles = (call.N + kTileRows - 1) / kTileRows;
   const int64_t resident = device_attribute(cudaDevAttrMultiProcessorCount, device) * plan.blocks_per_multiprocessor;
   const int64_t columns = resident / plan.splits > 0 ? resident / plan.splits : 1;
   const dim3 grid(unsigned(tiles < columns ? tiles : columns), unsigned(plan.splits));
-  // code for older devices has no instruction to wait with
-  const bool overlaps = call.extras.s && compiled.binaryVersion >= 90;
+  bool overlaps = call.extras.s != nullptr;
+  if (overlaps) {  // code for older devices has no instruction to wait with
+    cudaFuncAttributes compiled;
+    check_cuda(cudaFuncGetAttributes(&compiled, kernel), "linear_4bit");
+    overlaps = compiled.binaryVersion >= 90;
+  }
   launch(kernel, grid, kWarp * kWarps, plan.shared, stream, overlaps, call);
   if (plan.splits > 1) {
     const int64_t outputs = call.M * call.N;

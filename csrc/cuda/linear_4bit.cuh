@@ -8,6 +8,9 @@ namespace peft_kernels {
 constexpr int kZeros = 384;      // bytes of zeros for lanes without a row of x: a window's, and a shift
 constexpr int kCodes = 256 * 4;  // bytes of the nested scales' code book
 
+// Blocks that registers leave room for on a multiprocessor: more than 8 rows need more than 128 a thread.
+constexpr __host__ __device__ int most_resident(int64_t M) { return M <= 8 ? 2 : 1; }
+
 // Bytes from one row of x to the next: 16 modulo 128, so that lanes reading several rows meet in no bank.
 inline __host__ __device__ int64_t row_bytes(int64_t k) { return 2 * k + 16; }
 

@@ -14,6 +14,8 @@
 #include <cstring>
 #include <functional>
 
+#include "cpu/dtype.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -80,16 +82,8 @@ T __ldcs(const T* from) {
 inline int min(int a, int b) { return std::min(a, b); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
-inline uint32_t __float_as_uint(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-inline float __uint_as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
+inline uint32_t __float_as_uint(float value) { return peft_kernels::float_bits(value); }
+inline float __uint_as_float(uint32_t bits) { return peft_kernels::bits_float(bits); }
 
 // The runtime library: one device, whose sizes the tests choose.
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidDevice };
