@@ -149,8 +149,8 @@ def test_cuda_loop_is_counted():
     loop += ["/*0030*/ PRMT R1, R2, R3, R4 ;"] * 60
     loop += ["/*0390*/ LDS.128 R4, [R2] ;", "/*0394*/ LDS R4, [R2] ;"]
     loop += ["/*0400*/ HMMA.16816.F32.BF16 R4, R8, R2, R4 ;", "/*0410*/ @P0 BRA `(.L_x_1) ;"]
-    expected = {"matrix": ["HMMA"], "sass_per_weight": 66 / 32, "integer_per_weight": 60 / 32}
-    expected |= {"shared_per_weight": 5 / 32, "wide_loads": 1}
+    expected = {"matrix": ["HMMA"], "sass_per_weight": 2.062, "integer_per_weight": 1.875}
+    expected |= {"shared_per_weight": 0.156, "wide_loads": 1}
     assert gate.decoding("\n".join(loop)) == expected
     assert gate.decoding("/*0010*/ LDG.E R1, [R2] ;")["sass_per_weight"] is None
 

@@ -26,7 +26,7 @@ Plan make_plan(int device, int64_t M, int64_t K, bool table) {
   const int64_t windows = (K + kWindow - 1) / kWindow;
   for (int64_t splits = 1;; ++splits) {
     const int64_t each = (windows + splits - 1) / splits, shared = shared_bytes(M, each * kWindow, table);
-    if (shared > most) continue;
+    if (shared > most && each > 1) continue;
     const int64_t resident = all / (shared + 1024);  // the driver keeps 1 KiB of each block's
     return {int((windows + each - 1) / each), int(resident < 2 ? 1 : most_resident(M)), int(each * kWindow),
             size_t(shared)};
