@@ -1,4 +1,7 @@
-"""`linear_4bit` in CUDA C++: the forward pass of at most 16 rows, with an adapter's part where there is one."""
+"""`linear_4bit` in CUDA C++: the forward pass of at most 16 rows, with an adapter's part where there is one.
+
+The kernels were compiled for sm_80, sm_90a and sm_100 and emulated on the CPU; they have not run on a device yet.
+"""
 
 from __future__ import annotations
 
