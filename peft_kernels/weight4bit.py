@@ -9,6 +9,7 @@ import torch
 
 from . import dispatch
 from .checks import bad_type, bad_value, check_bias, check_device, check_input, check_tensor
+from .ops.nf4 import layout as layouts
 from .ops.nf4 import op as nf4
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,12 +33,13 @@ class Nested:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight4bit:
-    """A weight W (N, K) in NF4 or FP4 (QLoRA, arXiv:2305.14314), in bitsandbytes' layout.
+    """A weight W (N, K) in NF4 or FP4 (QLoRA, arXiv:2305.14314), in bitsandbytes' layout unless told otherwise.
 
-    packed: (ceil(N * K / 2),) uint8, row-major, the even element in the high nibble.
+    packed: (ceil(N * K / 2),) uint8, row-major, the even element in the high nibble (layout "bnb").
     absmax: (ceil(N * K / blocksize),) float32, or uint8 codes when nested.
     nested: the statistics of double quantization, or None.
     shape: (N, K); dtype: what `dequantize()` returns unless told otherwise; quant_type: "nf4" or "fp4".
+    layout: "bnb", or "tiled": the codes in the order of GPU kernels for few rows; see `with_layout`.
     """
 
     packed: torch.Tensor
@@ -47,10 +49,13 @@ class Weight4bit:
     dtype: torch.dtype
     blocksize: int
     quant_type: str
+    layout: str = "bnb"
 
     def __post_init__(self) -> None:
         if self.quant_type not in nf4.QUANT_TYPES:
             raise bad_value("quant_type", f"one of {nf4.QUANT_TYPES}", repr(self.quant_type), "Choose 'nf4' or 'fp4'.")
+        if self.layout not in layouts.LAYOUTS:
+            raise bad_value("layout", f"one of {layouts.LAYOUTS}", repr(self.layout), "Use with_layout to change it.")
         if len(self.shape) != 2:
             raise bad_value("shape", "(N, K)", self.shape, "Reshape the weight to two dimensions.")
         numel, blocks = self.shape[0] * self.shape[1], self.blocks
@@ -85,8 +90,9 @@ class Weight4bit:
 
     def __repr__(self) -> str:
         n, k = self.shape
-        double = "nested" if self.nested is not None else "plain"
-        return f"Weight4bit({n}x{k}, {self.quant_type}, blocksize={self.blocksize}, {double}, dtype={self.dtype})"
+        kind = "nested" if self.nested is not None else "plain"
+        kind += ", tiled" if self.layout == "tiled" else ""
+        return f"Weight4bit({n}x{k}, {self.quant_type}, blocksize={self.blocksize}, {kind}, dtype={self.dtype})"
 
     def __getstate__(self) -> dict:
         # `native_weight` caches a view of the memory here, which means nothing in a copy or another process
@@ -148,7 +154,7 @@ class Weight4bit:
         return cls(data.reshape(-1), absmax.reshape(-1), nested, (n, k), state.dtype, state.blocksize, state.quant_type)
 
     def to_bnb(self) -> Any:
-        """A `bitsandbytes.nn.Params4bit` that shares this weight's memory."""
+        """A `bitsandbytes.nn.Params4bit` that shares this weight's memory (a copy of the codes if they are tiled)."""
         import bitsandbytes
         from bitsandbytes.functional import QuantState
 
@@ -167,7 +173,7 @@ class Weight4bit:
             state2=inner,
         )
         return bitsandbytes.nn.Params4bit(
-            self.packed.view(-1, 1),
+            self.with_layout("bnb").packed.view(-1, 1),
             requires_grad=False,
             quant_state=state,
             blocksize=self.blocksize,
@@ -184,6 +190,25 @@ class Weight4bit:
             return nf4.dequantize_reference(self, dtype)
         return torch.ops.peft_kernels.dequantize_4bit(self.parts(), self.meta(), dtype, backend)
 
+    def with_layout(self, layout: str) -> Weight4bit:
+        """The same weight with its codes in another order; bit for bit the same values, and the same size.
+
+        "tiled" is for the GPU kernels that serve few rows (`linear_4bit`, `lora_linear`): inside every 64 weights the
+        codes lie as the tensor cores take them. A weight whose rows are not whole blocks of 64 or more has no such
+        order and stays as it is. State dicts and `to_bnb` are in bitsandbytes' layout always. The native kernels and
+        the reference serve a tiled weight from a copy: on the CPU, change it back with `with_layout("bnb")`.
+
+        Raises:
+            ValueError: unknown layout.
+        """
+        if layout not in layouts.LAYOUTS:
+            raise bad_value("layout", f"one of {layouts.LAYOUTS}", repr(layout), "Choose 'bnb' or 'tiled'.")
+        whole = self.shape[1] % self.blocksize == 0 and self.blocksize % layouts.TILE == 0
+        if layout == self.layout or not whole:
+            return self
+        packed = (layouts.tile if layout == "tiled" else layouts.untile)(self.packed)
+        return dataclasses.replace(self, packed=packed, layout=layout)
+
     def to(self, device: torch.device | str) -> Weight4bit:
         """The same weight on another device."""
         parts = [part.to(device) for part in self.parts()]
@@ -196,15 +221,15 @@ class Weight4bit:
         return [self.packed, self.absmax, self.nested.absmax2, self.nested.code, self.nested.offset]
 
     def meta(self) -> list[int]:
-        """What is not a tensor: N, K, blocksize, quant_type (its index), nested blocksize, dtype (its index)."""
+        """What is not a tensor: N, K, blocksize, nested blocksize, and the indices of quant_type, dtype, layout."""
         nested_blocksize = self.nested.blocksize if self.nested is not None else 0
-        quant_type = nf4.QUANT_TYPES.index(self.quant_type)
-        return [*self.shape, self.blocksize, quant_type, nested_blocksize, DTYPES.index(self.dtype)]
+        indices = nf4.QUANT_TYPES.index(self.quant_type), DTYPES.index(self.dtype), layouts.LAYOUTS.index(self.layout)
+        return [*self.shape, self.blocksize, nested_blocksize, *indices]
 
     @classmethod
     def from_parts(cls, parts: list[torch.Tensor], meta: list[int]) -> Weight4bit:
         """The inverse of `parts()` and `meta()`."""
-        n, k, blocksize, quant_type, nested_blocksize, dtype = meta
+        n, k, blocksize, nested_blocksize, quant_type, dtype, layout = meta
         nested = Nested(parts[2], parts[3], parts[4], nested_blocksize) if nested_blocksize else None
         # built without __init__, at a third of its cost: the parts were checked when the weight was first made
         weight = object.__new__(cls)
@@ -216,6 +241,7 @@ class Weight4bit:
             dtype=DTYPES[dtype],
             blocksize=blocksize,
             quant_type=nf4.QUANT_TYPES[quant_type],
+            layout=layouts.LAYOUTS[layout],
         )
         return weight
 

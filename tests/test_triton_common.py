@@ -68,16 +68,19 @@ def run_ptx(asm: str, word: int) -> dict[str, int]:
     return registers
 
 
+@pytest.mark.parametrize("tiled", [False, True], ids=["bnb", "tiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("quant_type", CODES)
-def test_byte_permute_decodes_every_byte(quant_type, dtype):
+def test_byte_permute_decodes_every_byte(quant_type, dtype, tiled):
     code = multiplied_codes(quant_type, dtype)
-    asm = decode_asm(code)
+    asm = decode_asm(code, tiled=tiled)
     for first in range(0, 256, 4):
         octets = bytes(range(first, first + 4))
         registers = run_ptx(asm, int.from_bytes(octets, "little"))
         bits = [registers[f"${i}"] for i in range(8)]
         nibbles = [nibble for b in octets for nibble in (b >> 4, b & 0xF)]
+        if tiled:
+            nibbles = [nibbles[i] for i in (0, 2, 1, 3, 4, 6, 5, 7)]
         integers = code.view(torch.int32 if dtype == torch.float32 else torch.int16)
         assert bits == [integers[n].item() & (0xFFFFFFFF if dtype == torch.float32 else 0xFFFF) for n in nibbles]
 

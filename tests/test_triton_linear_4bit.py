@@ -11,30 +11,38 @@ from peft_kernels.testing import assert_within_budget
 
 __all__ = ["seed"]  # fixtures
 
-# rows, N, K, quant_type, blocksize, nested, bias: every way to decode a tile, every row tile, odd sizes
+# rows, N, K, quant_type, blocksize, nested, bias, layout: every way to decode a tile, every row tile, odd sizes
 CASES = {
-    "one-row": (1, 96, 256, "nf4", 64, True, True),
-    "two-blocks-per-tile": (5, 70, 128, "nf4", 32, False, True),
-    "straddling-blocks": (3, 33, 65, "nf4", 64, True, False),
-    "fp4": (17, 40, 192, "fp4", 64, True, True),
-    "wide-blocks": (33, 64, 512, "nf4", 256, True, False),
-    "K-576": (65, 130, 576, "nf4", 64, False, True),
+    "one-row": (1, 96, 256, "nf4", 64, True, True, "bnb"),
+    "one-row-tiled": (1, 96, 256, "nf4", 64, True, True, "tiled"),
+    "two-blocks-per-tile": (5, 70, 128, "nf4", 32, False, True, "bnb"),
+    "straddling-blocks": (3, 33, 65, "nf4", 64, True, False, "bnb"),
+    "fp4": (17, 40, 192, "fp4", 64, True, True, "bnb"),
+    "fp4-tiled": (17, 40, 192, "fp4", 64, True, True, "tiled"),
+    "wide-blocks": (33, 64, 512, "nf4", 256, True, False, "bnb"),
+    "wide-blocks-tiled": (33, 64, 512, "nf4", 256, True, False, "tiled"),
+    "K-576": (65, 130, 576, "nf4", 64, False, True, "bnb"),
+    "K-576-tiled": (65, 130, 576, "nf4", 64, False, True, "tiled"),
 }
 if DEVICE.type == "cuda":
-    CASES |= {
-        "decode": (1, 14336, 4096, "nf4", 64, True, True),
-        "prefill": (300, 4096, 14336, "nf4", 64, True, False),
-    }
+    for _layout in ("bnb", "tiled"):
+        CASES |= {
+            f"decode-{_layout}": (1, 14336, 4096, "nf4", 64, True, True, _layout),
+            f"prefill-{_layout}": (300, 4096, 14336, "nf4", 64, True, False, _layout),
+        }
 
 
-def quantized(n, k, quant_type, blocksize, nested):
-    return Weight4bit.quantize(randn(n, k, scale=0.1), quant_type=quant_type, blocksize=blocksize, double_quant=nested)
+def quantized(n, k, quant_type, blocksize, nested, layout="bnb"):
+    w = randn(n, k, scale=0.1)
+    weight = Weight4bit.quantize(w, quant_type=quant_type, blocksize=blocksize, double_quant=nested)
+    return weight.with_layout(layout)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("rows, n, k, quant_type, blocksize, nested, has_bias", CASES.values(), ids=CASES)
-def test_fused(rows, n, k, quant_type, blocksize, nested, has_bias, dtype, poison):
-    weight = quantized(n, k, quant_type, blocksize, nested)
+@pytest.mark.parametrize("rows, n, k, quant_type, blocksize, nested, has_bias, layout", CASES.values(), ids=CASES)
+def test_fused(rows, n, k, quant_type, blocksize, nested, has_bias, layout, dtype, poison):
+    weight = quantized(n, k, quant_type, blocksize, nested, layout)
+    assert weight.layout == layout
     exact, rounded = weight.dequantize(torch.float32).double(), weight.dequantize(dtype)
     x, dy = randn(rows, k, dtype=dtype), randn(rows, n, dtype=dtype)
     bias = randn(n, dtype=dtype) if has_bias else None
@@ -46,9 +54,22 @@ def test_fused(rows, n, k, quant_type, blocksize, nested, has_bias, dtype, poiso
     assert torch.equal(y, triton_kernels.fused_forward(x, weight, bias, None)), "two runs differ"
 
 
+@pytest.mark.parametrize("layout", ["bnb", "tiled"])
+def test_decode_by_table(layout, monkeypatch, poison):
+    """The way of AMD's cards, on whatever runs here."""
+    monkeypatch.setattr(triton_kernels, "_decode_kind", lambda weight, on: "lut")
+    weight = quantized(70, 192, "nf4", 64, True, layout)
+    exact, rounded = weight.dequantize(torch.float32).double(), weight.dequantize(torch.float16)
+    x, dy = randn(5, 192, dtype=torch.float16), randn(5, 70, dtype=torch.float16)
+    y, dx = triton_kernels.fused_forward(x, weight, None, None), triton_kernels.fused_backward(dy, weight, None)
+    assert_within_budget(y, x.double() @ exact.t(), x @ rounded.t(), "y")
+    assert_within_budget(dx, dy.double() @ exact, dy @ rounded, "dx")
+
+
+@pytest.mark.parametrize("layout", ["bnb", "tiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_decode_and_vendor_gemm(dtype):
-    weight = quantized(40, 64, "nf4", 64, True)
+def test_decode_and_vendor_gemm(dtype, layout):
+    weight = quantized(40, 64, "nf4", 64, True, layout)
     x = randn(700, 64, dtype=dtype)
     assert not triton_kernels.fused(x, weight)
     w = weight.dequantize(dtype)

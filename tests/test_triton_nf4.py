@@ -1,5 +1,7 @@
 """The Triton codec equals the reference bit for bit."""
 
+import dataclasses
+
 import pytest
 import torch
 from triton_support import DEVICE, HALVES, randn, seed
@@ -43,6 +45,18 @@ def test_dequantize(quant_type, blocksize, shape, nested, dtype, poison):
     assert torch.equal(triton_kernels.dequantize(weight, dtype), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("quant_type, blocksize", [("nf4", 64), ("fp4", 256)])
+def test_dequantize_tiled(quant_type, blocksize, nested, dtype, poison):
+    weight = Weight4bit.quantize(randn(33, 256), quant_type=quant_type, blocksize=blocksize, double_quant=nested)
+    tiled = weight.with_layout("tiled")
+    expected = triton_kernels.dequantize(weight, dtype)
+    assert torch.equal(triton_kernels.dequantize(tiled, dtype), expected)
+    unaligned = dataclasses.replace(tiled, packed=torch.cat([tiled.packed[:1], tiled.packed])[1:])
+    assert torch.equal(triton_kernels.dequantize(unaligned, dtype), expected)
+
+
 def test_dequantize_into_scratch():
     weight = Weight4bit.quantize(randn(9, 64))
     out = torch.full((9, 64), float("nan"), device=DEVICE)
@@ -51,8 +65,9 @@ def test_dequantize_into_scratch():
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-def test_dequantize_window(nested, poison):
-    weight = Weight4bit.quantize(randn(300, 192), double_quant=nested)
+@pytest.mark.parametrize("layout", ["bnb", "tiled"])
+def test_dequantize_window(layout, nested, poison):
+    weight = Weight4bit.quantize(randn(300, 192), double_quant=nested).with_layout(layout)
     w = weight.dequantize(torch.float32)
     rows, columns = slice(261, 299), slice(64, 192)
     assert torch.equal(triton_kernels.dequantize(weight, torch.float32, rows=rows), w[rows])

@@ -24,8 +24,10 @@ def multiplied_codes(quant_type: str, dtype: torch.dtype) -> torch.Tensor:
     return (torch.tensor(CODES[quant_type], dtype=torch.float64) * MULTIPLIER[quant_type][dtype]).to(dtype)
 
 
-def decode_asm(code: torch.Tensor, scaled: bool = False) -> str:
+def decode_asm(code: torch.Tensor, scaled: bool = False, tiled: bool = False) -> str:
     """PTX that maps the eight 4-bit codes of word $8 to values $0 ... $7, as they follow each other in the weight.
+
+    tiled: the high nibbles of two neighbouring bytes, then their low ones, then the next two bytes'.
 
     A byte permute looks up four nibbles at once in a table of eight bytes: two of them and a selection by the nibble's
     top bit serve 16 entries. One such plane holds the lowest bytes of the values, another the next ones, and so on.
@@ -62,7 +64,8 @@ def decode_asm(code: torch.Tensor, scaled: bool = False) -> str:
                 f"prmt.b32 v, {name}b, {_hex(table[3])}, q;",
                 f"prmt.b32 {name}, u, v, s;",
             ]
-        for i, selector in ((half, "0x4051"), (half + 2, "0x6273")):  # a byte's high nibble comes first
+        # a byte's high nibble comes first
+        for i, selector in zip((half, half + 2), ("0x7351", "0x6240") if tiled else ("0x4051", "0x6273"), strict=True):
             lines.append(f"prmt.b32 pair, p0, p1, {selector};")
             if len(planes) == 4:
                 lines.append(f"prmt.b32 other, p2, p3, {selector};")
@@ -84,9 +87,14 @@ _MULTIPLY = {
 }
 # What kernels take as CODE: an index into this list.
 CODE_KINDS = [(quant_type, dtype) for quant_type in CODES for dtype in MULTIPLIER[quant_type]]
-_ASM = tl.constexpr(tuple(decode_asm(multiplied_codes(*kind)) for kind in CODE_KINDS))
+# A code's in bitsandbytes' layout at 2 CODE, in the tiled one at 2 CODE + 1.
+_ASM = tl.constexpr(tuple(decode_asm(multiplied_codes(*kind), False, bool(i)) for kind in CODE_KINDS for i in (0, 1)))
 _ASM_SCALED = tl.constexpr(
-    tuple("" if kind[1] == torch.float32 else decode_asm(multiplied_codes(*kind), scaled=True) for kind in CODE_KINDS)
+    tuple(
+        "" if kind[1] == torch.float32 else decode_asm(multiplied_codes(*kind), True, bool(i))
+        for kind in CODE_KINDS
+        for i in (0, 1)
+    )
 )
 _OUTPUTS = tl.constexpr(tuple(("=r," if kind[1] == torch.float32 else "=h,") * 8 for kind in CODE_KINDS))
 _DTYPE = tl.constexpr(tuple(getattr(tl, str(dtype).removeprefix("torch.")) for _, dtype in CODE_KINDS))
@@ -119,9 +127,10 @@ def load_words(packed_ptr, n0, k0, inside, stride_wn, BLOCK_N: tl.constexpr, BLO
 
 @triton.jit
 def decode_words(
-    words, scale, code_ptr, CODE: tl.constexpr, SCALED: tl.constexpr = False, PERMUTE: tl.constexpr = not INTERPRET
+    words, scale, code_ptr, CODE: tl.constexpr, TILED: tl.constexpr, SCALED: tl.constexpr = False,
+    PERMUTE: tl.constexpr = not INTERPRET,
 ):  # fmt: skip
-    """[N, W, 2, 2, 2] codes of [N, W] words, their order in the weight kept; SCALED: times scale (N, W / 8).
+    """[N, W, 2, 2, 2] codes of [N, W] words, as `natural_order` takes them; SCALED: times scale (N, W / 8).
 
     The codes come multiplied by their type's MULTIPLIER, so the scales must come from `unit_scale`. PERMUTE: by byte
     permute (NVIDIA's) rather than from the table in memory.
@@ -131,7 +140,9 @@ def decode_words(
     if SCALED:
         factor = tl.broadcast_to(scale.to(_DTYPE[CODE])[:, :, None], [N, W // 8, 8]).reshape(N, W)
     if not PERMUTE:
-        shift = 4 * (tl.arange(0, 8) ^ 1)  # a byte's high nibble comes first
+        i = tl.arange(0, 8)
+        # a byte's high nibble comes first
+        shift = 16 * (i // 4) + 8 * (i % 2) + 4 - 4 * (i // 2 % 2) if TILED else 4 * (i ^ 1)
         code = (words[:, :, None] >> shift[None, None, :]) & 0xF
         values = (tl.load(code_ptr + code) * _MULTIPLIER[CODE]).to(_DTYPE[CODE])
         if SCALED:
@@ -140,15 +151,36 @@ def decode_words(
     else:
         if SCALED:
             c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
-                _ASM_SCALED[CODE], _OUTPUTS[CODE] + "r,h", [words, factor], (_DTYPE[CODE],) * 8, is_pure=True, pack=1
+                _ASM_SCALED[2 * CODE + TILED],
+                _OUTPUTS[CODE] + "r,h",
+                [words, factor],
+                (_DTYPE[CODE],) * 8,
+                is_pure=True,
+                pack=1,
             )
         else:
             c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
-                _ASM[CODE], _OUTPUTS[CODE] + "r", [words], (_DTYPE[CODE],) * 8, is_pure=True, pack=1
+                _ASM[2 * CODE + TILED], _OUTPUTS[CODE] + "r", [words], (_DTYPE[CODE],) * 8, is_pure=True, pack=1
             )
         even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
         odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
         return tl.join(even, odd)
+
+
+@triton.jit
+def natural_order(codes, TILED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of codes that come as `decode_words` yields them."""
+    if TILED:  # thread, c, half, e -> half, c, thread, e; see `ops.nf4.layout`
+        codes = codes.reshape(ROWS, COLUMNS // 64, 4, 4, 2, 2).permute(0, 1, 4, 3, 2, 5)
+    return codes.reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def byte_order(codes, TILED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of codes that come byte by byte, each byte's high nibble first."""
+    if TILED:
+        codes = codes.reshape(ROWS, COLUMNS // 4, 2, 2).permute(0, 1, 3, 2)
+    return natural_order(codes, TILED, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -160,7 +192,7 @@ def unit_scale(scale, CODE: tl.constexpr):
 @triton.jit
 def load_weight_tile(
     packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, k0, N, K, stride_wn, stride_sn,
-    DTYPE: tl.constexpr, DECODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    DTYPE: tl.constexpr, DECODE: tl.constexpr, TILED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """W[n0 : n0 + BLOCK_N, k0 : k0 + BLOCK_K] as DTYPE, zero outside.
@@ -189,7 +221,7 @@ def load_weight_tile(
         byte = packed.to(tl.int32)
         high = tl.load(code_ptr + (byte >> 4))
         low = tl.load(code_ptr + (byte & 0xF))
-        codes = tl.join(high, low).reshape(BLOCK_N, BLOCK_K)
+        codes = byte_order(tl.join(high, low), TILED, BLOCK_N, BLOCK_K)
         # a block's number as int64 only through its row's start: rows past 2^31 elements stay addressable
         group = k0 // BLOCKSIZE + tl.arange(0, GROUPS)
         block = tl.cast(n0, tl.int64) * stride_sn + n[:, None] * stride_sn + group[None, :]

@@ -16,7 +16,8 @@ from .state import from_state, to_state
 class FrozenWeight(nn.Module):
     """A layer with a frozen `weight` (N, K), 4-bit or dense, that moves, saves and loads with it.
 
-    The state dict has bitsandbytes' keys for a 4-bit weight, and loads in both directions.
+    The state dict has bitsandbytes' keys and layout for a 4-bit weight, and loads in both directions; the weight keeps
+    its own layout.
     """
 
     weight: Any  # a Weight4bit or an nn.Parameter
@@ -59,7 +60,7 @@ class FrozenWeight(nn.Module):
             pass  # a parameter like any other
         elif entry in state_dict:
             weight, taken = from_state(state_dict, entry)
-            self.weight = weight.to(self.weight.device)
+            self.weight = weight.to(self.weight.device).with_layout(self.weight.layout)
         else:
             args[2].append(entry)  # missing_keys
         super()._load_from_state_dict(state_dict, prefix, *args)

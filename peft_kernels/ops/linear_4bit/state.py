@@ -27,7 +27,7 @@ def to_state(weight: Weight4bit, prefix: str) -> dict[str, torch.Tensor]:
         "shape": list(weight.shape),
     }
     entries = {
-        prefix: weight.packed.view(-1, 1),
+        prefix: weight.with_layout("bnb").packed.view(-1, 1),
         f"{prefix}.absmax": weight.absmax,
         f"{prefix}.quant_map": code_book(weight.quant_type, weight.device),
     }

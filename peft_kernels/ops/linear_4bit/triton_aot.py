@@ -29,6 +29,8 @@ def cases() -> Iterator[Case]:
     for rows in (1, 32, 64, 256):
         yield Case(f"forward M={rows} bf16 nested", rows, partial(_forward, rows))
         yield Case(f"backward M={rows} bf16 nested", rows, partial(_backward, rows))
+        yield Case(f"forward M={rows} bf16 nested tiled", rows, partial(_forward, rows, layout="tiled"))
+        yield Case(f"backward M={rows} bf16 nested tiled", rows, partial(_backward, rows, layout="tiled"))
     yield Case("forward M=1 bf16 plain", 1, lambda: _forward(1, nested=False))
     yield Case("forward M=1 fp16 fp4 nested", 1, lambda: _forward(1, torch.float16, quant_type="fp4"))
     yield Case("forward M=64 fp16 nested", 64, lambda: _forward(64, torch.float16))

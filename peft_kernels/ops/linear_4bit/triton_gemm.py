@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...triton_common.decode import block_scale, decode_words, load_weight_tile, load_words, unit_scale
+from ...triton_common.decode import block_scale, decode_words, load_weight_tile, load_words, natural_order, unit_scale
 from ...triton_common.device import apply_dropout, dot, lora_seed
 
 
@@ -23,18 +23,21 @@ def _fragment_order(slot):
 @triton.jit
 def _add_words_product(
     acc, x, packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, k0, inside, stride_wn, stride_sn,
-    CODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    CODE: tl.constexpr, TILED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """acc + W[n0 : n0 + BLOCK_N, k0 : k0 + 64] x, with x (64, BLOCK_M) in the order of `_fragment_order`."""
+    """acc + W[n0 : n0 + BLOCK_N, k0 : k0 + 64] x; x (64, BLOCK_M), in the order of `_fragment_order` if not TILED."""
     words = load_words(packed_ptr, n0, k0, inside[:, None], stride_wn, BLOCK_N, 64)
     block = (tl.cast(n0, tl.int64) + tl.arange(0, BLOCK_N)) * stride_sn + k0 // BLOCKSIZE
     scale = block_scale(block, inside, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE)
     scale = unit_scale(scale, CODE)
     # few rows: scaling their float32 sums costs less than scaling the weight, and rounds nothing
     AFTER: tl.constexpr = BLOCK_M <= 32
-    w = decode_words(words, scale[:, None], code_ptr, CODE, SCALED=not AFTER)  # [BLOCK_N, 8, 2, 2, 2]
-    w = w.reshape(BLOCK_N, 4, 2, 2, 2, 2).permute(0, 2, 3, 4, 1, 5).reshape(BLOCK_N, 64)
+    w = decode_words(words, scale[:, None], code_ptr, CODE, TILED, SCALED=not AFTER)  # [BLOCK_N, 8, 2, 2, 2]
+    if TILED:
+        w = natural_order(w, TILED, BLOCK_N, 64)
+    else:
+        w = w.reshape(BLOCK_N, 4, 2, 2, 2, 2).permute(0, 2, 3, 4, 1, 5).reshape(BLOCK_N, 64)
     if AFTER:
         product = dot(w, x, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
         return tl.fma(product, tl.broadcast_to(scale[:, None], product.shape), acc)
@@ -47,7 +50,7 @@ def _linear_4bit_fwd_kernel(
     x_ptr, packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, bias_ptr, left_ptr, right_ptr, out_ptr,
     out_scale_ptr,
     M, N, K, rank, k_per_split, scaling, stride_xm, stride_wn, stride_sn, stride_lm, stride_rr, stride_rn,
-    DECODE: tl.constexpr, CODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    DECODE: tl.constexpr, CODE: tl.constexpr, TILED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr, WHOLE_STEPS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LORA: tl.constexpr, LORA_PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -75,7 +78,7 @@ def _linear_4bit_fwd_kernel(
 
     k_end = tl.minimum(K, (split + 1) * k_per_split)
     if DECODE == "words":
-        k = _fragment_order(tl.arange(0, 64))
+        k = tl.arange(0, 64) if TILED else _fragment_order(tl.arange(0, 64))
         x_ptr += m.to(tl.int64)[None, :] * stride_xm + k[:, None]
         for step in range(split * k_per_split, k_end, BLOCK_K):
             for k0 in tl.static_range(0, BLOCK_K, 64):
@@ -85,7 +88,7 @@ def _linear_4bit_fwd_kernel(
                 x = tl.load(x_ptr + step + k0, mask=m_in[None, :], other=0.0)  # [64, BLOCK_M]
                 acc = _add_words_product(
                     acc, x, packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, step + k0, n_in,
-                    stride_wn, stride_sn, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_M,
+                    stride_wn, stride_sn, CODE, TILED, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_M,
                 )  # fmt: skip
     else:
         k = tl.arange(0, BLOCK_K)
@@ -94,7 +97,7 @@ def _linear_4bit_fwd_kernel(
             x = tl.load(x_ptr + k0, mask=(m < M)[None, :] & (k < K - k0)[:, None], other=0.0)  # [BLOCK_K, BLOCK_M]
             w = load_weight_tile(
                 packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, k0, N, K, stride_wn,
-                stride_sn, x.dtype, DECODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_K,
+                stride_sn, x.dtype, DECODE, TILED, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             acc = dot(w, x, acc)
     if out_scale_ptr is not None:
@@ -109,7 +112,7 @@ def _linear_4bit_bwd_kernel(
     out_ptr,
     M, N, K, rank, n_per_split, scaling, threshold, inverse_keep,
     stride_ym, stride_wn, stride_sn, stride_lm, stride_rr, stride_rn,
-    DECODE: tl.constexpr, CODE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    DECODE: tl.constexpr, CODE: tl.constexpr, TILED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     HAS_LORA: tl.constexpr, LORA_PIECES: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -142,11 +145,12 @@ def _linear_4bit_bwd_kernel(
             words = load_words(packed_ptr, n0, k0, words_in, stride_wn, BLOCK_N, BLOCK_K)
             block = (tl.cast(n0, tl.int64) + n)[:, None] * stride_sn + group * 64 // BLOCKSIZE
             scale = block_scale(block, inside, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE)
-            w = decode_words(words, unit_scale(scale, CODE), code_ptr, CODE, SCALED=True).reshape(BLOCK_N, BLOCK_K)
+            w = decode_words(words, unit_scale(scale, CODE), code_ptr, CODE, TILED, SCALED=True)
+            w = natural_order(w, TILED, BLOCK_N, BLOCK_K)
         else:
             w = load_weight_tile(
                 packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, n0, k0, N, K, stride_wn,
-                stride_sn, dy.dtype, DECODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_K,
+                stride_sn, dy.dtype, DECODE, TILED, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         acc = dot(dy, w, acc)
     out_ptr += (split.to(tl.int64) * M + m)[:, None] * K + k[None, :]

@@ -58,10 +58,11 @@ def quantize_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def native_weight(weight: Weight4bit) -> Any:
     """The C++ view of a Weight4bit; it holds pointers, so the weight must outlive it.
 
-    It is kept on the weight until a tensor has another address (its storage may be resized or swapped under it).
+    It is kept on the weight until a tensor has another address (its storage may be resized or swapped under it). Of a
+    tiled weight, a copy in bitsandbytes' layout is kept with it.
     """
     nested = weight.nested
-    addresses = (
+    addresses: tuple[int, ...] = (
         weight.packed.data_ptr(),
         weight.absmax.data_ptr(),
         *(
@@ -70,17 +71,21 @@ def native_weight(weight: Weight4bit) -> Any:
             else (nested.absmax2.data_ptr(), nested.code.data_ptr(), nested.offset.data_ptr())
         ),
     )
+    if weight.layout != "bnb" and not weight.packed.is_inference():  # a copy also ages when its original is written to
+        addresses = *addresses, weight.packed._version
     kept = weight.__dict__.get("_native")
     if kept is not None and kept[0] == addresses:
         return kept[1]
+    canonical = weight.with_layout("bnb")
     view = native.core().Weight4(
-        *addresses,
+        canonical.packed.data_ptr(),
+        *addresses[1:5],
         0 if nested is None else nested.blocksize,
         QUANT_TYPE_CODES[weight.quant_type],
         *weight.shape,
         weight.blocksize,
     )
-    weight.__dict__["_native"] = addresses, view
+    weight.__dict__["_native"] = addresses, view, canonical.packed
     return view
 
 

@@ -34,7 +34,7 @@ def quantize_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def dequantize_reference(weight: Any, dtype: torch.dtype) -> torch.Tensor:
     """A Weight4bit's W (N, K) in pure torch."""
     n, k = weight.shape
-    nested = weight.nested
+    weight, nested = weight.with_layout("bnb"), weight.nested
     fields = None if nested is None else (nested.absmax2, nested.code, nested.offset, nested.blocksize)
     scale = reference.scales(weight.absmax, fields)
     return reference.dequantize(weight.packed, scale, n * k, weight.blocksize, weight.quant_type, dtype).view(n, k)

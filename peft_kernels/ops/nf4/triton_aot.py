@@ -11,15 +11,17 @@ from ...weight4bit import Nested, Weight4bit
 from .triton_kernels import dequantize, quantize
 
 
-def meta_weight(n: int, k: int, *, nested: bool = True, quant_type: str = "nf4", blocksize: int = 64) -> Weight4bit:
+def meta_weight(
+    n: int, k: int, *, nested: bool = True, quant_type: str = "nf4", blocksize: int = 64, layout: str = "bnb"
+) -> Weight4bit:
     """A Weight4bit without storage."""
     blocks = -(-n * k // blocksize)
     packed = torch.empty(n * k // 2, dtype=torch.uint8)
-    if not nested:
-        return Weight4bit(packed, torch.empty(blocks), None, (n, k), torch.bfloat16, blocksize, quant_type)
-    statistics = Nested(torch.empty(-(-blocks // 256)), torch.empty(256), torch.empty(()), 256)
-    absmax = torch.empty(blocks, dtype=torch.uint8)
-    return Weight4bit(packed, absmax, statistics, (n, k), torch.bfloat16, blocksize, quant_type)
+    absmax, statistics = torch.empty(blocks), None
+    if nested:
+        statistics = Nested(torch.empty(-(-blocks // 256)), torch.empty(256), torch.empty(()), 256)
+        absmax = torch.empty(blocks, dtype=torch.uint8)
+    return Weight4bit(packed, absmax, statistics, (n, k), torch.bfloat16, blocksize, quant_type, layout)
 
 
 def cases() -> Iterator[Case]:

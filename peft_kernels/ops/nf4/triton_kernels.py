@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...triton_common import why_not_tensors
-from ...triton_common.decode import CODE_KINDS, block_scale, decode_words
+from ...triton_common.decode import CODE_KINDS, block_scale, byte_order, decode_words, natural_order
 from ...triton_common.launch import cdiv, launch, target
 from .reference import code_book
 
@@ -108,6 +108,7 @@ def statistics(weight: Weight4bit) -> dict[str, Any]:
         "code2_ptr": None if nested is None else nested.code,
         "offset_ptr": None if nested is None else nested.offset,
         "code_ptr": code_book(weight.quant_type, weight.packed.device),
+        "TILED": weight.layout == "tiled",
         "BLOCKSIZE": weight.blocksize,
         "NESTED": nested is not None,
         "NESTED_BLOCKSIZE": 1 if nested is None else nested.blocksize,
@@ -145,7 +146,7 @@ def _nf4_quantize_kernel(
 def _nf4_dequantize_kernel(
     packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, out_ptr,
     numel, first_block, window_blocks, row_blocks,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    TILED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     CODE: tl.constexpr, WINDOW: tl.constexpr, WORDS: tl.constexpr, PERMUTE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """out (numel,) = the blocks from first_block on; WINDOW: window_blocks of every row_blocks."""
@@ -164,12 +165,13 @@ def _nf4_dequantize_kernel(
         index = tl.arange(0, COUNT)[None, :]
         words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + source[:, None] * COUNT + index
         words = tl.load(words_ptr, mask=local[:, None] * BLOCKSIZE + index * 8 < left, other=0)
-        values = decode_words(words, scale, code_ptr, CODE, PERMUTE=PERMUTE).reshape(BLOCKS, BLOCKSIZE)
+        values = decode_words(words, scale, code_ptr, CODE, TILED, PERMUTE=PERMUTE)
+        values = natural_order(values, TILED, BLOCKS, BLOCKSIZE)
     else:
         byte = local[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
         packed_ptr += source[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
         packed = tl.load(packed_ptr, mask=byte * 2 < left, other=0).to(tl.int32)
         values = tl.join(tl.load(code_ptr + (packed >> 4)), tl.load(code_ptr + (packed & 0xF)))
-        values = values.reshape(BLOCKS, BLOCKSIZE)
+        values = byte_order(values, TILED, BLOCKS, BLOCKSIZE)
     values = (values * scale[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + first * BLOCKSIZE + element, values, mask=element < left)
