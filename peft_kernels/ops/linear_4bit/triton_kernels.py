@@ -33,22 +33,24 @@ class _Tile(NamedTuple):
 
 
 # Forward and backward tiles, by the most rows each serves. Set from compiled objects (registers, spills, instructions
-# per weight), not from measurements. Tiles of "words" give a thread 64 weights or more between two barriers; wgmma
-# takes 128 rows of x where mma.sync would spill, and tcgen05 loses the product from there on (Triton 3.6).
+# per weight), not from measurements. Forward, up to eight rows take mma.sync everywhere: its product has eight columns
+# where wgmma's and tcgen05's have sixteen, and half of those would be scaled for nothing. wgmma takes 128 rows of x
+# where mma.sync would spill, and tcgen05 loses the product from there on (Triton 3.6).
 _TILES = {
     "wgmma": (
-        {16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3), 64: _Tile(64, 256, 64, 8, 3),
-         512: _Tile(128, 256, 64, 8, 3)},
-        {16: _Tile(16, 64, 128, 4, 3), 32: _Tile(32, 64, 128, 4, 3), 64: _Tile(64, 64, 256, 8, 3),
-         512: _Tile(128, 64, 128, 8, 3)},
+        {8: _Tile(8, 128, 256, 4, 3), 16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3),
+         64: _Tile(64, 128, 128, 8, 3), 512: _Tile(128, 256, 64, 8, 3)},
+        {16: _Tile(16, 64, 256, 4, 3), 64: _Tile(64, 64, 256, 8, 3), 512: _Tile(128, 128, 128, 8, 3)},
     ),
     "tcgen05": (
-        {16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3), 512: _Tile(64, 256, 64, 8, 3)},
-        {16: _Tile(16, 64, 128, 4, 3), 32: _Tile(32, 64, 128, 4, 3), 512: _Tile(64, 64, 128, 8, 3)},
+        {8: _Tile(8, 128, 256, 4, 3), 16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3),
+         512: _Tile(64, 256, 64, 8, 3)},
+        {16: _Tile(16, 64, 256, 4, 3), 32: _Tile(32, 64, 128, 4, 3), 512: _Tile(64, 64, 128, 8, 3)},
     ),
     "mma": (
-        {16: _Tile(16, 128, 128, 4, 3), 32: _Tile(32, 256, 64, 8, 3), 512: _Tile(64, 256, 64, 8, 3)},
-        {16: _Tile(16, 64, 128, 4, 3), 32: _Tile(32, 64, 128, 4, 3), 512: _Tile(64, 64, 256, 8, 3)},
+        {8: _Tile(8, 128, 128, 4, 3), 16: _Tile(16, 128, 128, 4, 3), 32: _Tile(32, 256, 64, 4, 3),
+         512: _Tile(64, 256, 64, 8, 3)},
+        {16: _Tile(16, 64, 256, 4, 3), 32: _Tile(32, 64, 128, 4, 3), 512: _Tile(64, 64, 256, 8, 3)},
     ),
     "table": (  # one scale a row of the tile; two stages fit into 64 KiB
         {16: _Tile(16, 128, 64, 4, 2), 32: _Tile(32, 128, 64, 4, 2), 64: _Tile(64, 128, 64, 8, 2),
@@ -117,7 +119,7 @@ def fused_forward(
         **_weight_arguments(weight, x.dtype, on),
         HAS_BIAS=bias is not None,
         HAS_LORA=term is not None,
-        WHOLE_STEPS=k % tile.block_k == 0,
+        K_WIDTH=4 if tile.block_m < 16 or _tiles(weight, on) == "mma" else 2,
         M=m,
         **_tile_arguments(tile, weight, on),
     )
@@ -240,6 +242,14 @@ def _weight_arguments(weight: Weight4bit, dtype: torch.dtype, on: Target) -> dic
     }
 
 
+def _one_absmax2(weight: Weight4bit, block_k: int) -> bool:
+    """Whether the blocks of a row's block_k columns have one second-level scale in common, wherever a tile begins."""
+    if weight.nested is None or weight.blocksize >= block_k:
+        return True
+    blocks = block_k // weight.blocksize
+    return weight.shape[1] // weight.blocksize % blocks == 0 and weight.nested.blocksize % blocks == 0
+
+
 def _tiles(weight: Weight4bit, on: Target) -> str:
     """Which tiles serve: those of the target's matrix instruction, or of a decode by table."""
     return _INSTRUCTIONS.get(on.arch, "mma") if _decode_kind(weight, on) == "words" else "table"
@@ -256,6 +266,8 @@ def _tile_arguments(tile: _Tile, weight: Weight4bit, on: Target) -> dict[str, An
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
+        "ABSMAX2": 1 if _one_absmax2(weight, tile.block_k) else tile.block_k // 64,
+        "WHOLE_TILES": weight.shape[0] % tile.block_n == 0 and weight.shape[1] % tile.block_k == 0,
         "num_warps": tile.num_warps,
         # element by element it would stage a scale for each
         "num_stages": 1 if _decode_kind(weight, on) == "any" else tile.num_stages,
