@@ -18,6 +18,8 @@ FLOAT = torch.float32
 # rows, N, K, ranks, adapter dtype (None: x's), quantized base, dropout, bias
 CASES = {
     "one-row": (1, 96, 128, [16], None, True, 0.0, True),
+    "few-rows-float32-adapter": (6, 70, 192, [20], FLOAT, "tiled", 0.0, True),
+    "sixteen-rows": (16, 130, 320, [5], None, "tiled", 0.0, False),
     "float32-adapter-dropout": (5, 70, 192, [16], FLOAT, True, 0.1, False),
     "dense-base-dropout": (33, 70, 130, [3], None, False, 0.25, True),
     "two-adapters-dropout": (9, 40, 64, [3, 5], None, False, 0.25, True),
@@ -30,6 +32,7 @@ if DEVICE.type == "cuda":
         "training": (1024, 4096, 14336, [16], None, True, 0.1, False),
         "training-float32-adapter": (1024, 4096, 4096, [16], FLOAT, True, 0.1, False),
         "decoding": (4, 4096, 14336, [16], None, True, 0.0, False),
+        "decoding-tiled": (4, 4096, 14336, [16], None, "tiled", 0.0, False),
     }
 
 
@@ -38,7 +41,9 @@ class Call:
 
     def __init__(self, rows, n, k, ranks, dtype, adapter_dtype, quantize, p, has_bias):
         base = randn(n, k, scale=0.1)
-        self.weight = Weight4bit.quantize(base) if quantize else base.to(dtype)
+        self.weight = base.to(dtype)
+        if quantize:
+            self.weight = Weight4bit.quantize(base).with_layout("tiled" if quantize == "tiled" else "bnb")
         self.x, self.dy = randn(rows, k, dtype=dtype), randn(rows, n, dtype=dtype)
         self.lora_A = [randn(r, k, dtype=adapter_dtype, scale=0.1) for r in ranks]
         self.lora_B = [randn(n, r, dtype=adapter_dtype, scale=0.3) for r in ranks]

@@ -115,17 +115,6 @@ def block_scale(
 
 
 @triton.jit
-def load_words(packed_ptr, n0, k0, inside, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Columns k0 : k0 + BLOCK_K of BLOCK_N rows from n0 on, as [BLOCK_N, BLOCK_K / 8] words of eight codes.
-
-    inside: [BLOCK_N, 1 or BLOCK_K / 8]. Rows are whole blocks of at least 64, k0 and BLOCK_K multiples of 64.
-    """
-    n = tl.arange(0, BLOCK_N)[:, None]
-    words = packed_ptr.to(tl.pointer_type(tl.int32)) + tl.cast(n0, tl.int64) * (stride_wn // 4) + k0 // 8
-    return tl.load(words + n * (stride_wn // 4) + tl.arange(0, BLOCK_K // 8)[None, :], mask=inside, other=0)
-
-
-@triton.jit
 def decode_words(
     words, scale, code_ptr, CODE: tl.constexpr, TILED: tl.constexpr, SCALED: tl.constexpr = False,
     PERMUTE: tl.constexpr = not INTERPRET,

@@ -73,6 +73,21 @@ def _bfloat16_pair(x):
 
 
 @triton.jit
+def low_rank_dot(a, b, acc, LORA_PIECES: tl.constexpr):
+    """acc + a b, one of them an adapter's matrix and the other float32; LORA_PIECES as for `lora_seed`."""
+    if LORA_PIECES == 1:
+        if a.dtype == tl.float32:
+            a = a.to(b.dtype)
+        return dot(a, b.to(a.dtype), acc)
+    elif LORA_PIECES == 6:
+        return dot_float32(a, b, acc)
+    else:
+        a_high, a_low = _bfloat16_pair(a)
+        b_high, b_low = _bfloat16_pair(b)
+        return dot(a_high, b_high, dot(a_low, b_high, dot(a_high, b_low, acc)))
+
+
+@triton.jit
 def lora_seed(
     a_ptr, b_ptr, acc, row0, col0, rows, cols, rank, stride_ar, stride_ak, stride_bc, stride_bk,
     LORA_PIECES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -91,15 +106,5 @@ def lora_seed(
         inside = r0 + r < rank
         a = tl.load(a_ptr + (r0 + r)[None, :] * stride_ak, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
         b = tl.load(b_ptr + (r0 + r)[:, None] * stride_bk, mask=inside[:, None] & (col < cols)[None, :], other=0.0)
-        if LORA_PIECES == 1:
-            if a.dtype == tl.float32:
-                a = a.to(b.dtype)
-            b = b.to(a.dtype)
-            acc = dot(a, b, acc)
-        elif LORA_PIECES == 6:
-            acc = dot_float32(a, b, acc)
-        else:
-            a_high, a_low = _bfloat16_pair(a)
-            b_high, b_low = _bfloat16_pair(b)
-            acc = dot(a_high, b_high, dot(a_low, b_high, dot(a_high, b_low, acc)))
+        acc = low_rank_dot(a, b, acc, LORA_PIECES)
     return acc

@@ -38,19 +38,19 @@ class _Tile(NamedTuple):
 # where mma.sync would spill, and tcgen05 loses the product from there on (Triton 3.6).
 _TILES = {
     "wgmma": (
-        {8: _Tile(8, 128, 256, 4, 3), 16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3),
+        {8: _Tile(8, 128, 256, 4, 2), 16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3),
          64: _Tile(64, 128, 128, 8, 3), 512: _Tile(128, 256, 64, 8, 3)},
         {16: _Tile(16, 64, 256, 4, 3), 64: _Tile(64, 64, 256, 8, 3), 512: _Tile(128, 128, 128, 8, 3)},
     ),
     "tcgen05": (
-        {8: _Tile(8, 128, 256, 4, 3), 16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3),
+        {8: _Tile(8, 128, 256, 4, 2), 16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3),
          512: _Tile(64, 256, 64, 8, 3)},
-        {16: _Tile(16, 64, 256, 4, 3), 32: _Tile(32, 64, 128, 4, 3), 512: _Tile(64, 64, 128, 8, 3)},
+        {16: _Tile(16, 64, 256, 4, 3), 512: _Tile(64, 64, 256, 8, 3)},
     ),
     "mma": (
         {8: _Tile(8, 128, 128, 4, 3), 16: _Tile(16, 128, 128, 4, 3), 32: _Tile(32, 256, 64, 4, 3),
          512: _Tile(64, 256, 64, 8, 3)},
-        {16: _Tile(16, 64, 256, 4, 3), 32: _Tile(32, 64, 128, 4, 3), 512: _Tile(64, 64, 256, 8, 3)},
+        {16: _Tile(16, 64, 256, 4, 3), 32: _Tile(32, 64, 256, 4, 3), 512: _Tile(64, 64, 256, 8, 3)},
     ),
     "table": (  # one scale a row of the tile; two stages fit into 64 KiB
         {16: _Tile(16, 128, 64, 4, 2), 32: _Tile(32, 128, 64, 4, 2), 64: _Tile(64, 128, 64, 8, 2),
@@ -93,21 +93,16 @@ def fused_forward(
     out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y (M, N) = x W^T + b + term, where term.right is (rank, N); times out_scale (N,) float32 if given."""
-    m, (n, k) = x.shape[0], weight.shape
+    m, n = x.shape[0], weight.shape[0]
     on = target(x.device)
-    tile = _tile(0, m, weight, on)
-    grid = (cdiv(n, tile.block_n), cdiv(m, tile.block_m))
-    steps = cdiv(k, tile.block_k)
-    # planes are written and read once each: their traffic stays below the weight's
-    count = split_count(grid[0] * grid[1], steps, k // (16 * m), on, _RESIDENT if m <= 32 else 2)
-    k_per_split = cdiv(steps, count) * tile.block_k
-    splits = cdiv(k, k_per_split)
+    tile = tile_for(0, m, weight, on)
+    tiles, k_per_split, splits = split_of(m, weight, tile, on)
     y = x.new_empty((m, n))
     planes = y if splits == 1 else x.new_empty((splits, m, n), dtype=torch.float32)
     arguments = NO_LOW_RANK if term is None else term.arguments(x.dtype)
     launch(
         _linear_4bit_fwd_kernel,
-        (*grid, splits),
+        (tiles, cdiv(m, tile.block_m), splits),
         x.device,
         x_ptr=x,
         bias_ptr=bias,
@@ -116,21 +111,32 @@ def fused_forward(
         k_per_split=k_per_split,
         stride_xm=x.stride(0),
         **{name: arguments[name] for name in arguments.keys() - _DROPOUT_ARGUMENTS},
-        **_weight_arguments(weight, x.dtype, on),
+        **weight_arguments(weight, x.dtype, on),
         HAS_BIAS=bias is not None,
         HAS_LORA=term is not None,
-        K_WIDTH=4 if tile.block_m < 16 or _tiles(weight, on) == "mma" else 2,
+        K_WIDTH=k_width(tile, weight, on),
         M=m,
-        **_tile_arguments(tile, weight, on),
+        **tile_arguments(tile, weight, on),
     )
     return y if splits == 1 else sum_planes(planes, y)
+
+
+def split_of(m: int, weight: Weight4bit, tile: _Tile, on: Target) -> tuple[int, int, int]:
+    """(tiles of N, columns of K for each split, splits) of the forward kernel."""
+    n, k = weight.shape
+    tiles, steps = cdiv(n, tile.block_n), cdiv(k, tile.block_k)
+    # planes are written and read once each: their traffic stays below the weight's
+    resident = _RESIDENT if m <= 32 else 2
+    count = split_count(tiles * cdiv(m, tile.block_m), steps, k // (16 * m), on, resident)
+    k_per_split = cdiv(steps, count) * tile.block_k
+    return tiles, k_per_split, cdiv(k, k_per_split)
 
 
 def fused_backward(dy: torch.Tensor, weight: Weight4bit, term: LowRank | None) -> torch.Tensor:
     """dx (M, K) = dy W + term, where term.right is (rank, K)."""
     m, (n, k) = dy.shape[0], weight.shape
     on = target(dy.device)
-    tile = _tile(1, m, weight, on)
+    tile = tile_for(1, m, weight, on)
     grid = (cdiv(k, tile.block_k), cdiv(m, tile.block_m))
     steps = cdiv(n, tile.block_n)
     n_per_split = cdiv(steps, split_count(grid[0] * grid[1], steps, n // (16 * m), on)) * tile.block_n
@@ -146,10 +152,10 @@ def fused_backward(dy: torch.Tensor, weight: Weight4bit, term: LowRank | None) -
         n_per_split=n_per_split,
         stride_ym=dy.stride(0),
         **(NO_LOW_RANK if term is None else term.arguments(dy.dtype)),
-        **_weight_arguments(weight, dy.dtype, on),
+        **weight_arguments(weight, dy.dtype, on),
         HAS_LORA=term is not None,
         M=m,
-        **_tile_arguments(tile, weight, on),
+        **tile_arguments(tile, weight, on),
     )
     return dx if splits == 1 else sum_planes(planes, dx)
 
@@ -220,6 +226,11 @@ def decode(
 _DROPOUT_ARGUMENTS = {"seed_ptr", "threshold", "inverse_keep", "DROPOUT"}
 
 
+def words(weight: Weight4bit, on: Target) -> bool:
+    """Whether tiles are decoded word by word; see `triton_words`."""
+    return _decode_kind(weight, on) == "words"
+
+
 def _decode_kind(weight: Weight4bit, on: Target) -> str:
     """How a tile is decoded: words of eight codes by byte permute on NVIDIA; else see `load_weight_tile`."""
     if weight.shape[1] % weight.blocksize:
@@ -228,7 +239,7 @@ def _decode_kind(weight: Weight4bit, on: Target) -> str:
     return "words" if on.kind != "hip" and weight.blocksize >= 64 and weight.packed.data_ptr() % 4 == 0 else "lut"
 
 
-def _weight_arguments(weight: Weight4bit, dtype: torch.dtype, on: Target) -> dict[str, Any]:
+def weight_arguments(weight: Weight4bit, dtype: torch.dtype, on: Target) -> dict[str, Any]:
     n, k = weight.shape
     return {
         **statistics(weight),
@@ -255,13 +266,18 @@ def _tiles(weight: Weight4bit, on: Target) -> str:
     return _INSTRUCTIONS.get(on.arch, "mma") if _decode_kind(weight, on) == "words" else "table"
 
 
-def _tile(direction: int, m: int, weight: Weight4bit, on: Target) -> _Tile:
+def tile_for(direction: int, m: int, weight: Weight4bit, on: Target) -> _Tile:
     """The tile for m rows, forward (0) or backward (1)."""
     table = _TILES[_tiles(weight, on)][direction]
     return next((tile for rows, tile in table.items() if m <= rows), table[max(table)])
 
 
-def _tile_arguments(tile: _Tile, weight: Weight4bit, on: Target) -> dict[str, Any]:
+def k_width(tile: _Tile, weight: Weight4bit, on: Target) -> int:
+    """How many neighbouring slots of a product a thread's operand has; see `columns_of_slots`."""
+    return 4 if tile.block_m < 16 or _tiles(weight, on) == "mma" else 2
+
+
+def tile_arguments(tile: _Tile, weight: Weight4bit, on: Target) -> dict[str, Any]:
     return {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,

@@ -9,9 +9,10 @@ import torch
 
 from ...triton_common.aot import Case
 from ...triton_common.lowrank import LowRank, expand_add
+from ..linear_4bit import triton_decode
 from ..linear_4bit.triton_kernels import fused_backward, fused_forward
 from ..nf4.triton_aot import meta_weight
-from .triton_adapter import da, shrink, t_and_db
+from .triton_adapter import da, pieces, shrink, t_and_db
 from .triton_gemm import seeded_gemm
 
 _N, _K, _R = 14336, 4096, 16
@@ -50,6 +51,13 @@ def _fused(rows: int, dtype: torch.dtype, p: float) -> None:
     fused_backward(torch.empty(rows, _N, dtype=torch.bfloat16), meta_weight(_N, _K), backward)
 
 
+def _decode(rows: int, dtype: torch.dtype, layout: str) -> None:
+    """A few rows, one adapter without dropout."""
+    x = torch.empty(rows, _K, dtype=torch.bfloat16)
+    lora_A, lora_B = torch.empty(_R, _K, dtype=dtype), torch.empty(_N, _R, dtype=dtype)
+    triton_decode.forward(x, meta_weight(_N, _K, layout=layout), None, lora_A, lora_B, 2.0, pieces(x, lora_A))
+
+
 def _adapter_float32(rank: int) -> None:
     """The kernels around the base GEMM when everything is float32."""
     x, dy = torch.empty(1024, _K), torch.empty(1024, _N)
@@ -70,6 +78,10 @@ def cases() -> Iterator[Case]:
     yield Case("adapter M=1024 r=64 all fp32", 0, lambda: _adapter_float32(64))
     yield Case("seeded M=8192 bf16", 8192, lambda: _seeded(8192, bf16, 0.0))
     yield Case("seeded M=8192 fp32 dropout", 8192, lambda: _seeded(8192, fp32, 0.1))
+    for rows in (1, 16):
+        yield Case(f"decode M={rows} bf16", rows, partial(_decode, rows, bf16, "bnb"))
+    yield Case("decode M=1 bf16 tiled", 1, lambda: _decode(1, bf16, "tiled"))
+    yield Case("decode M=16 fp32 tiled", 16, lambda: _decode(16, fp32, "tiled"))
     for rows in (1, 64):
         yield Case(f"fused M={rows} bf16", rows, partial(_fused, rows, bf16, 0.0))
     yield Case("fused M=256 fp32 dropout", 256, lambda: _fused(256, fp32, 0.1))

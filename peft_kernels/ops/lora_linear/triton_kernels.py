@@ -11,8 +11,9 @@ from ...triton_common import why_not_tensors
 from ...triton_common.launch import Target, target
 from ...triton_common.lowrank import LowRank, expand_add
 from ...weight4bit import Weight4bit
+from ..linear_4bit import triton_decode
 from ..linear_4bit import triton_kernels as base
-from .triton_adapter import da, shrink, t_and_db
+from .triton_adapter import da, pieces, shrink, t_and_db
 from .triton_gemm import seeded_gemm
 
 # How a dense GEMM gets the low-rank term, by target: "seeded" is our GEMM, whose accumulator starts from it; "vendor"
@@ -48,6 +49,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (M, K) -> y (M, N), S (M, sum r) float32."""
     x = base.row_major(x)
+    few = isinstance(weight, Weight4bit) and len(lora_A) == 1 and not dropout_p[0] and base.fused(x, weight)
+    if few and triton_decode.serves(x, weight, lora_A[0].shape[0]):
+        width = pieces(x, lora_A[0])
+        return triton_decode.forward(x, weight, bias, lora_A[0], lora_B[0], scaling[0], width)
     parts = [shrink(x, a, p, _seed(seeds, i)) for i, (a, p) in enumerate(zip(lora_A, dropout_p, strict=True))]
     s = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if len(parts) == 1:
