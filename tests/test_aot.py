@@ -4,6 +4,7 @@ No figure may be worse than the committed table's, bench/results/aot.json.
 """
 
 import functools
+import re
 
 import pytest
 
@@ -84,6 +85,18 @@ def test_few_instructions_a_weight_on_hopper(rows):
     """The gate of the small-M loop, on the committed table, which `test_compiles` holds the compiler to."""
     row = COMMITTED["rows"]["sm_90", f"linear_4bit forward M={rows} bf16 nested _linear_4bit_fwd_kernel"]
     assert row["sass_per_weight"] <= 6 and "wgmma.mma_async" in row["matrix"]
+
+
+@pytest.mark.parametrize("machine", [name for name, machine in MACHINES.items() if machine.target.kind == "cuda"])
+@pytest.mark.parametrize("name", ["nf4-dequantize bf16 nested", "nf4-dequantize bf16 columns"])
+def test_decode_moves_16_bytes_at_a_time(name, machine):
+    """The codes and the weights once each, in accesses as wide as there are."""
+    (launch,) = aot.launches(CASES[name], MACHINES[machine])
+    sass = aot.sass(compiled(launch, MACHINES[machine]))
+    threads, elements = 32 * launch.options["num_warps"], launch.args["BLOCKS"] * launch.args["BLOCKSIZE"]
+    assert len(re.findall(r"LDG\.E\.128", sass)) * 16 * threads == elements // 2
+    assert len(re.findall(r"STG\.E\.128", sass)) * 16 * threads == elements * 2
+    assert not re.search(r"STG\.E(\.64)? ", sass)
 
 
 @pytest.mark.parametrize("source", gate.cuda_sources(), ids=lambda path: path.name)

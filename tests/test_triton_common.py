@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from peft_kernels.ops.nf4.reference import CODES
 from peft_kernels.triton_common import interpreting
 from peft_kernels.triton_common.decode import MULTIPLIER, decode_asm, multiplied_codes
+from peft_kernels.triton_common.decode_exact import EXACT_KINDS, exact_asm
 
 HERE = Path(__file__).parent
 INTERPRETED = [
@@ -38,12 +39,21 @@ def test_in_the_interpreter(name):
     assert "passed" in result.stdout
 
 
-def run_ptx(asm: str, word: int) -> dict[str, int]:
-    """Execute the few instructions of the decode on one input word."""
-    registers = {"$8": word, "%lanemask_lt": 0x7FFFFFFF}
+def run_ptx(asm: str, inputs: dict[str, int]) -> dict[str, int]:
+    """Execute the few instructions of the decodes on input words; floats are their bits."""
+    registers = {"%lanemask_lt": 0x7FFFFFFF} | inputs
 
     def value(operand: str) -> int:
-        return registers[operand] if operand in registers else int(operand, 0)
+        return registers[operand] if operand in registers else int(operand.replace("0f", "0x"), 0)
+
+    def as_float(bits: int) -> torch.Tensor:
+        return torch.tensor(bits, dtype=torch.uint32).view(torch.float32)
+
+    def bits16(value: torch.Tensor) -> int:
+        return value.view(torch.int16).item() & 0xFFFF
+
+    def convert(dtype: torch.dtype):
+        return lambda high, low: bits16(as_float(high).to(dtype)) << 16 | bits16(as_float(low).to(dtype))
 
     def prmt(a: int, b: int, selector: int) -> int:
         octets = struct.pack("<II", a, b)
@@ -57,9 +67,12 @@ def run_ptx(asm: str, word: int) -> dict[str, int]:
         "xor": lambda a, b: a ^ b,
         "mov": lambda a: a,
         "prmt": lambda a, b, selector: prmt(a, b, selector & 0xFFFF),
+        "mul.rn": lambda a, b: (as_float(a) * as_float(b)).view(torch.uint32).item(),
+        "cvt.rn.bf16x2": convert(torch.bfloat16),
+        "cvt.rn.f16x2": convert(torch.float16),
     }
     body = re.sub(r"\.reg [^;]+;", "", asm)
-    for operation, operands in re.findall(r"(\w+)\.[bu]32 ([^;]+);", body):
+    for operation, operands in re.findall(r"([\w.]+)\.[buf]32 ([^;]+);", body):
         if halves := re.match(r"\{(\$\d), (\$\d)\}, (\w+)", operands):  # a word into two 16-bit registers
             registers[halves[1]], registers[halves[2]] = (registers[halves[3]] >> i & 0xFFFF for i in (0, 16))
             continue
@@ -76,13 +89,31 @@ def test_byte_permute_decodes_every_byte(quant_type, dtype, tiled):
     asm = decode_asm(code, tiled=tiled)
     for first in range(0, 256, 4):
         octets = bytes(range(first, first + 4))
-        registers = run_ptx(asm, int.from_bytes(octets, "little"))
+        registers = run_ptx(asm, {"$8": int.from_bytes(octets, "little")})
         bits = [registers[f"${i}"] for i in range(8)]
         nibbles = [nibble for b in octets for nibble in (b >> 4, b & 0xF)]
         if tiled:
             nibbles = [nibbles[i] for i in (0, 2, 1, 3, 4, 6, 5, 7)]
         integers = code.view(torch.int32 if dtype == torch.float32 else torch.int16)
         assert bits == [integers[n].item() & (0xFFFFFFFF if dtype == torch.float32 else 0xFFFF) for n in nibbles]
+
+
+@pytest.mark.parametrize("kind", EXACT_KINDS, ids=str)
+def test_exact_decode_is_bitsandbytes(kind):
+    """Every byte and many scales: the product in float32, rounded once, in the order of the weight."""
+    quant_type, dtype = kind
+    asm, code = exact_asm(*kind), torch.tensor(CODES[quant_type])
+    generator = torch.Generator().manual_seed(0)
+    octets = torch.randperm(256, generator=generator).to(torch.uint8)
+    # ordinary ones; a subnormal, a negative one, one that overflows float16, infinity
+    scales = [*torch.rand(12, generator=generator).tolist(), 1e-40, -0.3, 7e4, float("inf")]
+    for chunk, scale in zip(octets.view(16, 16), torch.tensor(scales), strict=True):
+        inputs = {f"${16 + i}": int.from_bytes(bytes(chunk[4 * i : 4 * i + 4].tolist()), "little") for i in range(4)}
+        registers = run_ptx(asm, inputs | {"$20": scale.view(torch.int32).item() & 0xFFFFFFFF})
+        pairs = torch.tensor([registers[f"${4 * i + word}"] for word in range(4) for i in range(4)])
+        weights = torch.stack([pairs & 0xFFFF, pairs >> 16], dim=1).flatten().to(torch.uint16).view(dtype)
+        index = torch.stack([chunk >> 4, chunk & 0xF], dim=1).flatten().long()
+        torch.testing.assert_close(weights, (code[index] * scale).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -11,14 +11,14 @@ import triton.language as tl
 
 from ...triton_common import why_not_tensors
 from ...triton_common.decode import CODE_KINDS, block_scale, byte_order, decode_words, natural_order
+from ...triton_common.decode_exact import EXACT_KINDS, decode_exact
 from ...triton_common.launch import cdiv, launch, target
 from .reference import code_book
 
 if TYPE_CHECKING:
     from ...weight4bit import Weight4bit
 
-# A thread decodes four words of eight codes, one after the other: eight 16-bit weights make one 16-byte store, and a
-# warp's loads are one 128-byte line.
+# A thread loads four words of eight codes at once, 16 bytes, and stores 16 bytes at a time.
 _WORDS_PER_THREAD, _WARPS = 4, 4
 
 
@@ -88,14 +88,22 @@ def dequantize(
         window_blocks=(k1 - k0) // weight.blocksize,
         row_blocks=k // weight.blocksize,
         CODE=CODE_KINDS.index((weight.quant_type, torch.float32)),  # the result is exact
-        PERMUTE=target(out.device).kind == "cuda",
+        **_way(weight, out, numel),
         WINDOW=k1 - k0 != k,
-        WORDS=numel % 8 == 0 and weight.packed.data_ptr() % 4 == 0,
         BLOCKS=per_program,
         num_warps=_WARPS,
         enable_fp_fusion=False,
     )
     return out
+
+
+def _way(weight: Weight4bit, out: torch.Tensor, numel: int) -> dict[str, Any]:
+    """WORDS: eight codes at a time. PERMUTE: by byte permute, NVIDIA's. EXACT: 16-bit pairs, see `decode_exact`."""
+    words = numel % weight.blocksize == 0 and weight.packed.data_ptr() % 4 == 0
+    permute = target(out.device).kind == "cuda"
+    kind = weight.quant_type, out.dtype
+    exact = words and permute and kind in EXACT_KINDS and out.data_ptr() % 4 == 0
+    return {"WORDS": words, "PERMUTE": permute, "EXACT": EXACT_KINDS.index(kind) if exact else None}
 
 
 def statistics(weight: Weight4bit) -> dict[str, Any]:
@@ -147,24 +155,30 @@ def _nf4_dequantize_kernel(
     packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, out_ptr,
     numel, first_block, window_blocks, row_blocks,
     TILED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
-    CODE: tl.constexpr, WINDOW: tl.constexpr, WORDS: tl.constexpr, PERMUTE: tl.constexpr, BLOCKS: tl.constexpr,
+    CODE: tl.constexpr, WINDOW: tl.constexpr, WORDS: tl.constexpr, PERMUTE: tl.constexpr, EXACT: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """out (numel,) = the blocks from first_block on; WINDOW: window_blocks of every row_blocks."""
     first = tl.program_id(0).to(tl.int64) * BLOCKS
-    left = numel - first * BLOCKSIZE  # elements from here on
+    left = tl.minimum(numel - first * BLOCKSIZE, BLOCKS * BLOCKSIZE).to(tl.int32)  # elements of this program
     local = tl.arange(0, BLOCKS)
     if WINDOW:
-        source = first_block + (first + local) // window_blocks * row_blocks + (first + local) % window_blocks
+        block = tl.program_id(0) * BLOCKS + local  # a 64-bit division would cost as much as the decode
+        source = first_block + (block // window_blocks).to(tl.int64) * row_blocks + block % window_blocks
     else:
         source = first_block + first + local
     inside = local * BLOCKSIZE < left
     scale = block_scale(source, inside, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE)
-    element = local[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
-    if WORDS:
+    if WORDS:  # whole blocks, so that a mask for each block leaves the accesses as wide as they can be
         COUNT: tl.constexpr = BLOCKSIZE // 8
-        index = tl.arange(0, COUNT)[None, :]
-        words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + source[:, None] * COUNT + index
-        words = tl.load(words_ptr, mask=local[:, None] * BLOCKSIZE + index * 8 < left, other=0)
+        words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + source[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
+        words = tl.load(words_ptr, mask=inside[:, None], other=0)
+        if EXACT is not None:
+            pairs = decode_exact(words, tl.broadcast_to(scale[:, None], words.shape), EXACT, TILED)
+            pair = local[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+            pairs_ptr = out_ptr.to(tl.pointer_type(tl.int32)) + first * (BLOCKSIZE // 2)
+            tl.store(pairs_ptr + pair, pairs, mask=inside[:, None])
+            return
         values = decode_words(words, scale, code_ptr, CODE, TILED, PERMUTE=PERMUTE)
         values = natural_order(values, TILED, BLOCKS, BLOCKSIZE)
     else:
@@ -174,4 +188,5 @@ def _nf4_dequantize_kernel(
         values = tl.join(tl.load(code_ptr + (packed >> 4)), tl.load(code_ptr + (packed & 0xF)))
         values = byte_order(values, TILED, BLOCKS, BLOCKSIZE)
     values = (values * scale[:, None]).to(out_ptr.dtype.element_ty)
+    element = local[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(out_ptr + first * BLOCKSIZE + element, values, mask=element < left)
