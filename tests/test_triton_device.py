@@ -5,7 +5,7 @@ import torch
 from triton_support import DEVICE, HALVES, randn, seed
 
 from peft_kernels import Weight4bit, functional, use_backend
-from peft_kernels.ops.linear_4bit import triton_kernels
+from peft_kernels.ops.linear_4bit import triton_kernels, triton_vendor
 
 __all__ = ["seed"]  # fixtures
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
@@ -55,7 +55,7 @@ def test_unaligned_words():
     x, other = randn(3, 128, dtype=torch.float16), Weight4bit.from_parts(parts, weight.meta())
     y, expected = (triton_kernels.fused_forward(x, w, None, None) for w in (other, weight))
     torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
-    assert torch.equal(triton_kernels.decode(other, torch.float16), weight.dequantize(torch.float16))
+    assert torch.equal(triton_vendor.decode(other, torch.float16), weight.dequantize(torch.float16))
 
 
 @needs_gpu

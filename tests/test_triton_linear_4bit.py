@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from triton_support import DEVICE, HALVES, randn, seed
 
 from peft_kernels import Weight4bit, functional, use_backend
-from peft_kernels.ops.linear_4bit import triton_kernels
+from peft_kernels.ops.linear_4bit import triton_kernels, triton_vendor
 from peft_kernels.testing import assert_within_budget
 
 __all__ = ["seed"]  # fixtures
@@ -79,15 +79,15 @@ def test_decode_and_vendor_gemm(dtype, layout):
 
 def test_panels(monkeypatch, poison):
     """A weight above the scratch's limit is decoded and multiplied panel by panel, to the same result."""
-    monkeypatch.setattr(triton_kernels, "_PANEL_BYTES", 0)
+    monkeypatch.setattr(triton_vendor, "_MOST_BYTES", 0)
     weight = quantized(4096 + 32, 64, "nf4", 64, True)
     x = randn(3, 64, dtype=torch.float16)
     w, bias = weight.dequantize(torch.float16), randn(4096 + 32, dtype=torch.float16)
-    torch.testing.assert_close(triton_kernels.vendor_forward(x, weight, None), x @ w.t())
-    torch.testing.assert_close(triton_kernels.vendor_forward(x, weight, bias), F.linear(x, w, bias))
+    torch.testing.assert_close(triton_vendor.vendor_forward(x, weight, None), x @ w.t())
+    torch.testing.assert_close(triton_vendor.vendor_forward(x, weight, bias), F.linear(x, w, bias))
     wide = quantized(5, 4096 + 128, "nf4", 64, True)
     dy = randn(3, 5, dtype=torch.float16)
-    torch.testing.assert_close(triton_kernels.vendor_backward(dy, wide), dy @ wide.dequantize(torch.float16))
+    torch.testing.assert_close(triton_vendor.vendor_backward(dy, wide), dy @ wide.dequantize(torch.float16))
 
 
 def test_strided_rows():

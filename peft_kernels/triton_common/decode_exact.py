@@ -55,7 +55,7 @@ def exact_asm(quant_type: str, dtype: torch.dtype, tiled: bool = False) -> str:
 
 
 def _float(value: float) -> str:
-    return f"0f{torch.tensor(value, dtype=torch.float32).view(torch.int32).item() & 0xFFFFFFFF:08X}"
+    return f"0f{int(torch.tensor(value).view(torch.int32)) & 0xFFFFFFFF:08X}"
 
 
 # What kernels take as EXACT: an index into this list.

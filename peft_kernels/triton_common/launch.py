@@ -15,11 +15,12 @@ from . import interpreting
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What kernels are tuned for: kind "cuda" or "hip", arch 80, 90, 100 or "gfx942", and its multiprocessors."""
+    """What kernels are tuned for: kind "cuda" or "hip", arch 80, 90, 100 or "gfx942", multiprocessors, bytes of L2."""
 
     kind: str
     arch: int | str
     multiprocessors: int
+    l2: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,11 @@ def target(device: torch.device) -> Target:
 def _device_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
-    return Target("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count)
+        arch: int | str = properties.gcnArchName.split(":")[0]
+    else:
+        arch = 10 * properties.major + properties.minor
+    kind = "cuda" if torch.version.hip is None else "hip"
+    return Target(kind, arch, properties.multi_processor_count, properties.L2_cache_size)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,19 +66,33 @@ def dropout_arguments(p: float, seed: torch.Tensor | None) -> dict[str, Any]:
     }
 
 
+def expand(out: torch.Tensor, terms: Sequence[LowRank], bias: torch.Tensor | None = None) -> torch.Tensor:
+    """out (M, N) = bias + the terms: what a GEMM that adds to `out` starts from."""
+    for i, term in enumerate(terms):
+        _expand(out, term, None if i else bias, add=i > 0)
+    return out
+
+
 def expand_add(out: torch.Tensor, term: LowRank) -> None:
     """out (M, N) += term, rounded once."""
+    _expand(out, term, None, add=True)
+
+
+def _expand(out: torch.Tensor, term: LowRank, bias: torch.Tensor | None, add: bool) -> None:
     m, n = out.shape
     block_m, block_n = 64, 64 if out.dtype == torch.float32 else 128
     launch(
-        _lora_expand_add_kernel,
+        _lora_expand_kernel,
         (cdiv(n, block_n), cdiv(m, block_m)),
         out.device,
         out_ptr=out,
+        bias_ptr=bias,
         M=m,
         N=n,
         stride_om=out.stride(0),
         **term.arguments(out.dtype),
+        HAS_BIAS=bias is not None,
+        ADD=add,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=4,
@@ -86,12 +101,13 @@ def expand_add(out: torch.Tensor, term: LowRank) -> None:
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _lora_expand_add_kernel(
-    out_ptr, left_ptr, right_ptr, seed_ptr, M, N, rank, scaling, threshold, inverse_keep,
+def _lora_expand_kernel(
+    out_ptr, left_ptr, right_ptr, seed_ptr, bias_ptr, M, N, rank, scaling, threshold, inverse_keep,
     stride_om, stride_lm, stride_rr, stride_rn,
-    LORA_PIECES: tl.constexpr, DROPOUT: tl.constexpr,
+    LORA_PIECES: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """out = bias + mask * (scaling * left right), or with ADD out += it."""
     n0 = tl.program_id(0) * BLOCK_N
     m0 = tl.program_id(1) * BLOCK_M
     m = m0 + tl.arange(0, BLOCK_M)
@@ -103,7 +119,10 @@ def _lora_expand_add_kernel(
     delta *= scaling
     if DROPOUT:
         delta = apply_dropout(delta, seed_ptr, threshold, inverse_keep, m0, n0, BLOCK_M, BLOCK_N)
+    if HAS_BIAS:
+        delta += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     out_ptr += m.to(tl.int64)[:, None] * stride_om + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
-    out = tl.load(out_ptr, mask=inside, other=0.0).to(tl.float32) + delta
-    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=inside)
+    if ADD:
+        delta += tl.load(out_ptr, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr, delta.to(out_ptr.dtype.element_ty), mask=inside)

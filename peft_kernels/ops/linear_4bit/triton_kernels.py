@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ...triton_common import why_not_tensors
 from ...triton_common.decode import CODE_KINDS
@@ -13,8 +12,9 @@ from ...triton_common.launch import Target, cdiv, launch, target
 from ...triton_common.lowrank import NO_LOW_RANK, LowRank
 from ...triton_common.planes import split_count, sum_planes
 from ...weight4bit import Weight4bit
-from ..nf4.triton_kernels import dequantize, statistics
+from ..nf4.triton_kernels import statistics
 from .triton_gemm import _linear_4bit_bwd_kernel, _linear_4bit_fwd_kernel
+from .triton_vendor import vendor_backward, vendor_forward
 
 # The most rows that the fused kernels serve, by the instructions of their tiles; beyond, decode to scratch and the
 # vendor's GEMM. Predicted by bench/model.py from instructions per weight, not measured: tensor cores that outrun the
@@ -163,64 +163,6 @@ def fused_backward(dy: torch.Tensor, weight: Weight4bit, term: LowRank | None) -
 def row_major(x: torch.Tensor) -> torch.Tensor:
     """x with contiguous rows (a stride between rows is fine)."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-
-
-# The most bytes of a decoded weight at a time: larger ones (a vocabulary's projection) are decoded and multiplied panel
-# by panel. Predicted, not measured: panels as small as an L2 cache would cost large GEMMs more in part-filled waves of
-# tiles (12 % at M = 8192 on H100) than they save in traffic (5 %), so the limit is there for memory's sake.
-_PANEL_BYTES = 256 << 20
-
-
-def vendor_forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> torch.Tensor:
-    """y (M, N) = x W^T + b by the vendor's GEMM on the decoded weight."""
-    n, k = weight.shape
-    bias = None if bias is None else bias.to(x.dtype)
-    step = 4096 * max(1, _PANEL_BYTES // (4096 * k * x.element_size()))  # whole blocks of any size
-    if n <= step:
-        return F.linear(x, decode(weight, x.dtype), bias)
-    y = x.new_empty((x.shape[0], n))
-    for n0 in range(0, n, step):
-        rows = slice(n0, min(n0 + step, n))
-        w = decode(weight, x.dtype, rows=rows).t()
-        if bias is None:
-            torch.mm(x, w, out=y[:, rows])
-        else:
-            torch.addmm(bias[rows], x, w, out=y[:, rows])
-    return y
-
-
-def vendor_backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
-    """dx (M, K) = dy W by the vendor's GEMM on the decoded weight."""
-    n, k = weight.shape
-    step = 4096 * max(1, _PANEL_BYTES // (4096 * n * dy.element_size()))
-    if k <= step or k % weight.blocksize:
-        return dy @ decode(weight, dy.dtype)
-    dx = dy.new_empty((dy.shape[0], k))
-    for k0 in range(0, k, step):
-        columns = slice(k0, min(k0 + step, k))
-        torch.mm(dy, decode(weight, dy.dtype, columns=columns), out=dx[:, columns])
-    return dx
-
-
-_scratch: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = {}
-
-
-def decode(
-    weight: Weight4bit, dtype: torch.dtype, rows: slice = slice(None), columns: slice = slice(None)
-) -> torch.Tensor:
-    """W or a window of it, in a scratch that the next call on the same stream overwrites.
-
-    While a graph is captured it is a fresh tensor: a replay must not meet other calls in the scratch.
-    """
-    device = weight.packed.device
-    shape = [len(range(size)[window]) for size, window in zip(weight.shape, (rows, columns), strict=True)]
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return dequantize(weight, dtype, None, rows, columns)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    buffer, numel = _scratch.get((device, stream, dtype)), shape[0] * shape[1]
-    if buffer is None or buffer.numel() < numel:
-        buffer = _scratch[device, stream, dtype] = torch.empty(numel, dtype=dtype, device=device)
-    return dequantize(weight, dtype, buffer[:numel].view(shape), rows, columns)
 
 
 _DROPOUT_ARGUMENTS = {"seed_ptr", "threshold", "inverse_keep", "DROPOUT"}

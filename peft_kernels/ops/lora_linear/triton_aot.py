@@ -8,12 +8,11 @@ from functools import partial
 import torch
 
 from ...triton_common.aot import Case
-from ...triton_common.lowrank import LowRank, expand_add
+from ...triton_common.lowrank import LowRank, expand, expand_add
 from ..linear_4bit import triton_decode
 from ..linear_4bit.triton_kernels import fused_backward, fused_forward
 from ..nf4.triton_aot import meta_weight
 from .triton_adapter import da, pieces, shrink, t_and_db
-from .triton_gemm import seeded_gemm
 
 _N, _K, _R = 14336, 4096, 16
 
@@ -27,7 +26,9 @@ def _adapter(rows: int, dtype: torch.dtype, p: float, rank: int = _R) -> None:
     t, _ = t_and_db(dy, lora_B, s, 2.0, True, True)
     assert t is not None
     da(x, t, lora_A, p, seed)
-    expand_add(x, LowRank(t, lora_A, 1.0, p, seed))
+    term = LowRank(t, lora_A, 1.0, p, seed)
+    expand(x, [term])
+    expand_add(x, term)
 
 
 def _terms(rows: int, dtype: torch.dtype, p: float) -> tuple[LowRank, LowRank]:
@@ -36,13 +37,6 @@ def _terms(rows: int, dtype: torch.dtype, p: float) -> tuple[LowRank, LowRank]:
     seed = torch.empty(1, dtype=torch.int64) if p else None
     forward = LowRank(left, torch.empty(_N, _R, dtype=dtype).t(), 2.0)
     return forward, LowRank(left, torch.empty(_R, _K, dtype=dtype), 1.0, p, seed)
-
-
-def _seeded(rows: int, dtype: torch.dtype, p: float) -> None:
-    forward, backward = _terms(rows, dtype, p)
-    w = torch.empty(_N, _K, dtype=torch.bfloat16)
-    seeded_gemm(torch.empty(rows, _K, dtype=torch.bfloat16), w.t(), None, forward)
-    seeded_gemm(torch.empty(rows, _N, dtype=torch.bfloat16), w, None, backward)
 
 
 def _fused(rows: int, dtype: torch.dtype, p: float) -> None:
@@ -76,8 +70,6 @@ def cases() -> Iterator[Case]:
     yield Case("adapter M=8192 r=64 bf16", 8192, lambda: _adapter(8192, bf16, 0.0, 64))
     yield Case("adapter M=1 bf16", 1, lambda: _adapter(1, bf16, 0.0))
     yield Case("adapter M=1024 r=64 all fp32", 0, lambda: _adapter_float32(64))
-    yield Case("seeded M=8192 bf16", 8192, lambda: _seeded(8192, bf16, 0.0))
-    yield Case("seeded M=8192 fp32 dropout", 8192, lambda: _seeded(8192, fp32, 0.1))
     for rows in (1, 16):
         yield Case(f"decode M={rows} bf16", rows, partial(_decode, rows, bf16, "bnb"))
     yield Case("decode M=1 bf16 tiled", 1, lambda: _decode(1, bf16, "tiled"))

@@ -1,35 +1,23 @@
-"""`lora_linear` on the GPU: skinny kernels for the adapters, and a base GEMM that takes their part along."""
+"""`lora_linear` on the GPU: skinny kernels for the adapters, and a base GEMM that takes their part along.
+
+Many rows: the low-rank term is written where the result goes, and the vendor's GEMM adds to it in its accumulator: one
+write and one read that the GEMM overlaps, where a pass over the finished result reads and writes it after the GEMM.
+Predicted by `bench/model.py`, not measured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ...triton_common import why_not_tensors
-from ...triton_common.launch import Target, target
-from ...triton_common.lowrank import LowRank, expand_add
+from ...triton_common.lowrank import LowRank, expand, expand_add
 from ...weight4bit import Weight4bit
 from ..linear_4bit import triton_decode
 from ..linear_4bit import triton_kernels as base
+from ..linear_4bit.triton_vendor import vendor_backward, vendor_forward
 from .triton_adapter import da, pieces, shrink, t_and_db
-from .triton_gemm import seeded_gemm
-
-# How a dense GEMM gets the low-rank term, by target: "seeded" is our GEMM, whose accumulator starts from it; "vendor"
-# is the vendor's GEMM and one more pass over the result. Predictions: none of these rows was measured yet. On Hopper
-# and Blackwell cuBLAS is further ahead of a plain Triton GEMM than the pass over y costs (10 % at M = 8192, K = 4096).
-_LARGE_GEMM = {
-    ("cuda", 80): "seeded",
-    ("cuda", 86): "seeded",
-    ("cuda", 89): "seeded",
-    ("cuda", 90): "vendor",
-    ("cuda", 100): "vendor",
-    ("cuda", 120): "seeded",
-    ("hip", "gfx942"): "vendor",
-    ("hip", "gfx950"): "vendor",
-    ("cpu", 0): "seeded",
-}
 
 
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -62,15 +50,10 @@ def forward(
         term = LowRank(s, right.t())
     if isinstance(weight, Weight4bit) and base.fused(x, weight):
         return base.fused_forward(x, weight, bias, term), s
-    if _seeded(x, target(x.device)):
-        w = base.decode(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
-        return seeded_gemm(x, w.t(), bias, term), s
+    y = expand(x.new_empty((x.shape[0], lora_B[0].shape[0])), [term], bias)
     if isinstance(weight, Weight4bit):
-        y = base.vendor_forward(x, weight, bias)
-    else:
-        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    expand_add(y, term)
-    return y, s
+        return vendor_forward(x, weight, None, onto=y), s
+    return y.addmm_(x, weight.t()), s
 
 
 def backward(
@@ -106,17 +89,14 @@ def backward(
 
 
 def _dx(dy: torch.Tensor, weight: torch.Tensor | Weight4bit, terms: list[LowRank]) -> torch.Tensor:
-    """dy W + terms: the first comes with the GEMM, the others in passes of their own."""
+    """dy W + terms; the fused kernel takes one of them along, the vendor's GEMM adds to them."""
     if isinstance(weight, Weight4bit) and base.fused(dy, weight):
-        dx, rest = base.fused_backward(dy, weight, terms[0]), terms[1:]
-    elif _seeded(dy, target(dy.device)):
-        w = base.decode(weight, dy.dtype) if isinstance(weight, Weight4bit) else weight
-        dx, rest = seeded_gemm(dy, w, None, terms[0]), terms[1:]
-    else:
-        dx, rest = base.vendor_backward(dy, weight) if isinstance(weight, Weight4bit) else dy @ weight, terms
-    for term in rest:
-        expand_add(dx, term)
-    return dx
+        dx = base.fused_backward(dy, weight, terms[0])
+        for term in terms[1:]:
+            expand_add(dx, term)
+        return dx
+    dx = expand(dy.new_empty((dy.shape[0], weight.shape[1])), terms)
+    return vendor_backward(dy, weight, onto=dx) if isinstance(weight, Weight4bit) else dx.addmm_(dy, weight)
 
 
 def _dx_terms(
@@ -128,10 +108,6 @@ def _dx_terms(
     return [
         LowRank(t, a, 1.0, p, _seed(seeds, i)) for i, (t, a, p) in enumerate(zip(ts, lora_A, dropout_p, strict=True))
     ]
-
-
-def _seeded(x: torch.Tensor, on: Target) -> bool:
-    return x.dtype != torch.float32 and _LARGE_GEMM.get((on.kind, on.arch)) == "seeded"
 
 
 def _seed(seeds: torch.Tensor | None, i: int) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from ...triton_common import why_not_tensors
 from ...weight4bit import Weight4bit
 from ..linear_4bit import triton_kernels as base
+from ..linear_4bit.triton_vendor import vendor_forward
 from . import passes
 from .triton_columns import columns
 
@@ -35,9 +36,10 @@ def forward(
         if not keep:
             return base.fused_forward(x, weight, bias, None, scale), None
         y = base.fused_forward(x, weight, bias, None)  # few rows: y is still in L2 for the pass below
+    elif isinstance(weight, Weight4bit):
+        y = vendor_forward(x, weight, bias)
     else:
-        w = base.decode(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
-        y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if scale is None:
         return y, None
     unscaled, y = y, torch.empty_like(y) if keep else y
@@ -59,7 +61,7 @@ def backward(
     def product(dy: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         if not isinstance(weight, Weight4bit):
             return dy @ weight
-        return base.fused_backward(dy, weight, None) if base.fused(dy, weight) else dy @ base.decode(weight, dy.dtype)
+        return base.backward(dy, weight)
 
     return passes.backward(columns, product, False, dy, saved, _float32(scale), is_feedforward, needs)  # type: ignore
 

@@ -1,0 +1,98 @@
+"""Many rows: the weight is decoded into a scratch, whole or a panel at a time, and multiplied by the vendor's GEMM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ...triton_common.launch import Target, cdiv, target
+from ...weight4bit import Weight4bit
+from ..nf4.triton_kernels import dequantize
+
+# The most bytes of a decoded weight at a time, for memory's sake: a vocabulary's projection is larger.
+_MOST_BYTES = 256 << 20
+# Targets on which a weight is decoded a panel at a time even below that, so that the panel goes from the decode to the
+# GEMM by way of the L2 cache. Predicted by `bench/model.py` (H100, 14336 x 4096: 3.7 % at M = 2048, 1.9 % at 8192), not
+# measured; where no row stands, whole weights fit the cache or the prediction is below 1 %.
+_L2_PANELS = {("cuda", 90), ("cuda", 80)}
+# The tile of the result that vendors' GEMMs prefer: what the programs of a panel have to fill multiprocessors with.
+_TILE_M, _TILE_N = 128, 256
+
+
+def vendor_forward(
+    x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, onto: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y (M, N) = x W^T + b; or `onto` (M, N), which is added to in the GEMM's own accumulator and returned."""
+    n, k = weight.shape
+    y = x.new_empty((x.shape[0], n)) if onto is None else onto
+    for rows in panels(n, k, 4096 if k % weight.blocksize else 1, x):
+        w = decode(weight, x.dtype, rows=rows).t()
+        multiply(x, w, None if bias is None else bias[rows], y[:, rows], onto is not None)
+    return y
+
+
+def vendor_backward(dy: torch.Tensor, weight: Weight4bit, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """dx (M, K) = dy W; or `onto` (M, K), as in `vendor_forward`.
+
+    A panel is columns of W, so that each part of dx is one product, accumulated in float32 and rounded once.
+    """
+    n, k = weight.shape
+    dx = dy.new_empty((dy.shape[0], k)) if onto is None else onto
+    for columns in [slice(0, k)] if k % weight.blocksize else panels(k, n, weight.blocksize, dy):
+        multiply(dy, decode(weight, dy.dtype, columns=columns), None, dx[:, columns], onto is not None)
+    return dx
+
+
+def multiply(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> None:
+    """out (M, N) = x w + bias, or += x w; `out` may be columns of a larger tensor."""
+    if add:
+        out.addmm_(x, w)
+    elif bias is None:
+        torch.mm(x, w, out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), x, w, out=out)
+
+
+def panels(size: int, other: int, whole: int, x: torch.Tensor) -> Iterator[slice]:
+    """The parts of a decoded weight's `size` rows (or columns) of `other` elements, each a multiple of `whole`."""
+    unit = other * x.element_size()
+    step = max(1, min(_l2_step(size, unit, x.shape[0], target(x.device)), _MOST_BYTES // unit) // whole) * whole
+    for first in range(0, size, step):
+        yield slice(first, min(first + step, size))
+
+
+def _l2_step(size: int, unit: int, m: int, on: Target) -> int:
+    """Rows of W that stay in L2, of `unit` bytes; as many as fill the multiprocessors' waves best, or all of them."""
+
+    def filled(rows: int) -> float:
+        tiles = cdiv(m, _TILE_M) * cdiv(rows, _TILE_N)
+        return tiles / (cdiv(tiles, on.multiprocessors) * on.multiprocessors)
+
+    if (on.kind, on.arch) not in _L2_PANELS or size * unit <= on.l2 // 2:
+        return size
+    # x and y pass through the other half
+    steps = range(_TILE_N * cdiv(on.l2 // 8, _TILE_N * unit), on.l2 // 2 // unit + 1, _TILE_N)
+    best = max(steps, key=lambda rows: (round(filled(rows), 2), rows), default=size)
+    return best if filled(best) >= 0.98 * filled(size) else size
+
+
+_scratch: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = {}
+
+
+def decode(
+    weight: Weight4bit, dtype: torch.dtype, rows: slice = slice(None), columns: slice = slice(None)
+) -> torch.Tensor:
+    """W or a window of it, in a scratch that the next call on the same stream overwrites.
+
+    While a graph is captured it is a fresh tensor: a replay must not meet other calls in the scratch.
+    """
+    device = weight.packed.device
+    shape = [len(range(size)[window]) for size, window in zip(weight.shape, (rows, columns), strict=True)]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return dequantize(weight, dtype, None, rows, columns)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    buffer, numel = _scratch.get((device, stream, dtype)), shape[0] * shape[1]
+    if buffer is None or buffer.numel() < numel:
+        buffer = _scratch[device, stream, dtype] = torch.empty(numel, dtype=dtype, device=device)
+    return dequantize(weight, dtype, buffer[:numel].view(shape), rows, columns)
