@@ -25,6 +25,8 @@ CASES = {
     "two-adapters-dropout": (9, 40, 64, [3, 5], None, False, 0.25, True),
     "two-adapters-float32": (9, 40, 64, [3, 20], FLOAT, True, 0.0, True),
     "rank-above-a-tile": (70, 65, 67, [70], None, True, 0.5, True),
+    "rank-one-and-widest": (21, 35, 64, [1, 256], FLOAT, True, 0.0, False),
+    "several-tiles-of-dY": (130, 530, 64, [16], None, False, 0.0, False),
     "everything-dropped": (20, 65, 64, [8], None, False, 1.0, True),
 }
 if DEVICE.type == "cuda":

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .device import apply_dropout, lora_seed
-from .launch import cdiv, launch
+from .launch import cdiv, launch, target
 
 
 class LowRank(NamedTuple):
@@ -39,7 +39,7 @@ class LowRank(NamedTuple):
             "stride_rr": self.right.stride(0),
             "stride_rn": self.right.stride(1),
             "LORA_PIECES": pieces,
-            "BLOCK_R": min(block_r(rank), 16) if float32 else block_r(rank),  # six products a step
+            "BLOCK_R": min(block_r(rank), {1: 64, 3: 32, 6: 16}[pieces]),  # several products a step
             **dropout_arguments(self.p, self.seed),
         }
 
@@ -81,6 +81,8 @@ def expand_add(out: torch.Tensor, term: LowRank) -> None:
 def _expand(out: torch.Tensor, term: LowRank, bias: torch.Tensor | None, add: bool) -> None:
     m, n = out.shape
     block_m, block_n = 64, 64 if out.dtype == torch.float32 else 128
+    arguments = term.arguments(out.dtype)
+    wide = arguments["LORA_PIECES"] == 3 and arguments["BLOCK_R"] > 16  # four warps would spill
     launch(
         _lora_expand_kernel,
         (cdiv(n, block_n), cdiv(m, block_m)),
@@ -90,12 +92,12 @@ def _expand(out: torch.Tensor, term: LowRank, bias: torch.Tensor | None, add: bo
         M=m,
         N=n,
         stride_om=out.stride(0),
-        **term.arguments(out.dtype),
+        **arguments,
         HAS_BIAS=bias is not None,
         ADD=add,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        num_warps=4,
+        num_warps=8 if wide and target(out.device).kind == "cuda" else 4,
         num_stages=2,
     )
 

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from ...triton_common.device import dot_wide, dropout_keep
-from ...triton_common.launch import Target, cdiv, launch, target
+from ...triton_common.launch import cdiv, launch, target
 from ...triton_common.lowrank import block_r, dropout_arguments
 from ...triton_common.planes import split_count, sum_planes
-
-
-class _Tile(NamedTuple):
-    """Rows and columns of a tile of x or dY, and the most columns of the rank."""
-
-    block_m: int
-    block: int
-    block_r: int
-
-
-# The shrink kernel has a tall tile of its own, of 128 rows: Blackwell's natural size. Six products a step in place of
-# one or three need small tiles, or registers spill.
-_TILE, _TILE_FLOAT32 = _Tile(64, 128, 64), _Tile(32, 64, 16)
-_SHRINK_TILE, _SHRINK_TILE_FLOAT32 = _Tile(128, 64, 64), _Tile(64, 64, 16)
+from .triton_tiles import SHRINK_TILE, SHRINK_TILE_FLOAT32, TILE, da_tile, dy_tile, options, pieces, stages
 
 
 def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
     """S (M, r) float32 = drop(x) A^T."""
     m, k = x.shape
     rank = lora_A.shape[0]
-    tile = _SHRINK_TILE_FLOAT32 if pieces(x, lora_A) == 6 else _SHRINK_TILE if m > _TILE.block_m else _TILE
+    tile = SHRINK_TILE_FLOAT32 if pieces(x, lora_A) == 6 else SHRINK_TILE if m > TILE.block_m else TILE
     block_m, block_k = max(16, min(tile.block_m, 1 << (m - 1).bit_length())), tile.block
     tile_r = min(block_r(rank), tile.block_r, 32 if p else tile.block_r)  # a mask beside 64 columns spills on sm_80
     grid = (cdiv(m, block_m), cdiv(rank, tile_r))
@@ -60,7 +45,7 @@ def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor |
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=tile_r,
-        **_options(target(x.device)),
+        **options(pieces(x, lora_A), tile_r, target(x.device)),
     )
     return planes[0] if splits == 1 else sum_planes(planes, torch.empty_like(planes[0]))
 
@@ -71,7 +56,7 @@ def t_and_db(
     """T (M, r) float32 = scaling dY B and dB (N, r) = scaling dY^T S, in one pass over dY."""
     m, n = dy.shape
     rank, on = lora_B.shape[1], target(dy.device)
-    tile = _TILE_FLOAT32 if pieces(dy, lora_B) == 6 else _TILE
+    tile = dy_tile(pieces(dy, lora_B), on)
     tile_r = min(block_r(rank), tile.block_r)
     grid = (cdiv(n, tile.block), cdiv(rank, tile_r))
     steps = cdiv(m, tile.block_m)
@@ -104,7 +89,8 @@ def t_and_db(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block,
         BLOCK_R=tile_r,
-        **_options(on),
+        num_warps=tile.num_warps,
+        num_stages=2 if tile.num_warps == 8 else stages(on),
     )
     return (
         None if t is None else sum_planes(t, torch.empty_like(t[0]), scaling),
@@ -118,7 +104,7 @@ def da(x: torch.Tensor, t: torch.Tensor, lora_A: torch.Tensor, p: float, seed: t
     """dA (r, K) = T^T drop(x), the mask made again from its seed."""
     m, k = x.shape
     rank, on = lora_A.shape[0], target(x.device)
-    tile = _TILE_FLOAT32 if pieces(x, lora_A) == 6 else _TILE
+    tile = da_tile(pieces(x, lora_A), on)
     tile_r = min(block_r(rank), tile.block_r)
     grid = (cdiv(k, tile.block), cdiv(rank, tile_r))
     steps = cdiv(m, tile.block_m)
@@ -146,21 +132,9 @@ def da(x: torch.Tensor, t: torch.Tensor, lora_A: torch.Tensor, p: float, seed: t
         BLOCK_M=tile.block_m,
         BLOCK_K=tile.block,
         BLOCK_R=tile_r,
-        **_options(target(x.device)),
+        **options(pieces(x, lora_A), tile_r, target(x.device)),
     )
     return sum_planes(planes, torch.empty((rank, k), dtype=lora_A.dtype, device=x.device), scale)
-
-
-def pieces(x: torch.Tensor, parameter: torch.Tensor) -> int:
-    """How a product of x with float32 or parameter values keeps the parameter's accuracy; see `dot_wide`."""
-    if x.dtype == parameter.dtype != torch.float32:
-        return 1
-    return 3 if x.dtype == torch.bfloat16 else 6
-
-
-def _options(on: Target) -> dict[str, int]:
-    few = on.kind == "hip" or on.arch == 120  # 64 KiB of shared memory; registers would spill
-    return {"num_warps": 4, "num_stages": 2 if few else 3}
 
 
 @triton.jit(do_not_specialize=["threshold"])

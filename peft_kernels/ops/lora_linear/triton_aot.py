@@ -68,6 +68,7 @@ def cases() -> Iterator[Case]:
     yield Case("adapter M=8192 bf16", 8192, lambda: _adapter(8192, bf16, 0.0))
     yield Case("adapter M=8192 fp32 dropout", 8192, lambda: _adapter(8192, fp32, 0.1))
     yield Case("adapter M=8192 r=64 bf16", 8192, lambda: _adapter(8192, bf16, 0.0, 64))
+    yield Case("adapter M=8192 r=64 fp32 dropout", 8192, lambda: _adapter(8192, fp32, 0.1, 64))
     yield Case("adapter M=1 bf16", 1, lambda: _adapter(1, bf16, 0.0))
     yield Case("adapter M=1024 r=64 all fp32", 0, lambda: _adapter_float32(64))
     for rows in (1, 16):
