@@ -98,11 +98,12 @@ def test_byte_permute_decodes_every_byte(quant_type, dtype, tiled):
         assert bits == [integers[n].item() & (0xFFFFFFFF if dtype == torch.float32 else 0xFFFF) for n in nibbles]
 
 
+@pytest.mark.parametrize("tiled", [False, True], ids=["bnb", "tiled"])
 @pytest.mark.parametrize("kind", EXACT_KINDS, ids=str)
-def test_exact_decode_is_bitsandbytes(kind):
+def test_exact_decode_is_bitsandbytes(kind, tiled):
     """Every byte and many scales: the product in float32, rounded once, in the order of the weight."""
     quant_type, dtype = kind
-    asm, code = exact_asm(*kind), torch.tensor(CODES[quant_type])
+    asm, code = exact_asm(*kind, tiled), torch.tensor(CODES[quant_type])
     generator = torch.Generator().manual_seed(0)
     octets = torch.randperm(256, generator=generator).to(torch.uint8)
     # ordinary ones; a subnormal, a negative one, one that overflows float16, infinity
@@ -112,7 +113,8 @@ def test_exact_decode_is_bitsandbytes(kind):
         registers = run_ptx(asm, inputs | {"$20": scale.view(torch.int32).item() & 0xFFFFFFFF})
         pairs = torch.tensor([registers[f"${4 * i + word}"] for word in range(4) for i in range(4)])
         weights = torch.stack([pairs & 0xFFFF, pairs >> 16], dim=1).flatten().to(torch.uint16).view(dtype)
-        index = torch.stack([chunk >> 4, chunk & 0xF], dim=1).flatten().long()
+        index = torch.stack([chunk >> 4, chunk & 0xF], dim=1).long()
+        index = (index.view(-1, 2, 2).mT if tiled else index).flatten()
         torch.testing.assert_close(weights, (code[index] * scale).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 

@@ -34,3 +34,4 @@ def cases() -> Iterator[Case]:
     yield Case(
         "dequantize bf16 columns", 0, lambda: dequantize(meta_weight(4096, 4096), torch.bfloat16, columns=columns)
     )
+    yield Case("dequantize bf16 tiled", 0, lambda: dequantize(meta_weight(4096, 4096, layout="tiled"), torch.bfloat16))
