@@ -1,11 +1,13 @@
 """Predicted times of the 4-bit kernels on GPUs: bytes, tensor-core work and instructions at published rates.
 
 A prediction chooses tiles and cross-overs where no GPU is at hand; a measurement overrules it. `python -m bench model`
-prints both. Instructions per weight come from the ahead-of-time table, bench/results/aot.json.
+prints both. Instructions per weight come from the ahead-of-time table, bench/results/aot.json. Training layers are
+predicted in `model_training`, the goals on GPUs in `model_bars`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .environment import RESULTS
-from .shapes import RANK, SETS
+from .shapes import SETS
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,11 @@ def cuda_row(device: Device, m: int, by_table: bool, path: Path = RESULTS / "aot
     return next((row for row in table if (row["target"], row["launch"]) == (target, launch)), None)
 
 
-def decode(device: Device, n: int, k: int) -> Prediction:
-    """One decode of W into a scratch: its traffic hides its instructions."""
-    return Prediction((NESTED_BYTES + HALF) * n * k / (device.bandwidth * COPY), 0, 0, 1)
+def decode(device: Device, n: int, k: int, in_cache: bool = False) -> Prediction:
+    """One decode of W into a scratch, or into the L2 cache."""
+    nbytes = (NESTED_BYTES + (0 if in_cache else HALF)) * n * k
+    issue = n * k * decode_sass(device.target) / (device.issue * ISSUE)
+    return Prediction(nbytes / (device.bandwidth * COPY), 0, issue, 1)
 
 
 def gemm(device: Device, m: int, n: int, k: int) -> Prediction:
@@ -147,27 +151,10 @@ def decode_and_gemm(device: Device, m: int, n: int, k: int) -> float:
     return decode(device, n, k).seconds + gemm(device, m, n, k).seconds
 
 
-def panels(device: Device, m: int, n: int, k: int, rows: int) -> float:
-    """Seconds of the same, `rows` rows of W at a time: no traffic of a panel in L2, but part-filled waves of tiles."""
-    tiles = math.ceil(m / 128) * math.ceil(min(rows, n) / 256)
-    filled = tiles / (math.ceil(tiles / device.multiprocessors) * device.multiprocessors)
-    whole = math.ceil(m / 128) * math.ceil(n / 256)
-    filled /= whole / (math.ceil(whole / device.multiprocessors) * device.multiprocessors)
-    in_l2 = HALF * rows * k < 0.6 * device.l2
-    per_weight = NESTED_BYTES + (0 if in_l2 else HALF)
-    traffic = per_weight * n * k / (device.bandwidth * COPY)
-    return traffic + gemm(device, m, n, k).tensor / filled + 2 * math.ceil(n / rows) * LAUNCH
-
-
-def training_step(device: Device, m: int, n: int, k: int) -> tuple[float, float]:
-    """Seconds of a QLoRA layer's forward + backward, and of its two dense GEMMs, for many rows.
-
-    The adapters' part: x and dY are read once each for shrink, T and dB, x again for dA; y and dX are read and written
-    once more for the expand.
-    """
-    adapters = HALF * m * (2 * k + n + 2 * (n + k)) / (device.bandwidth * COPY) + 8 * LAUNCH
-    dense = gemm(device, m, n, k).seconds + gemm(device, m, k, n).seconds
-    return decode_and_gemm(device, m, n, k) + decode_and_gemm(device, m, k, n) + adapters, dense
+@functools.cache
+def decode_sass(target: str) -> float:
+    """Instructions per weight of the decode to scratch; 0 where the table has none: then its traffic is taken."""
+    return sass_table().get((target, "nf4 dequantize bf16 nested _nf4_dequantize_kernel"), 0.0)
 
 
 def sass_table(path: Path = RESULTS / "aot.json") -> dict[tuple[str, str], float]:
@@ -178,15 +165,19 @@ def sass_table(path: Path = RESULTS / "aot.json") -> dict[tuple[str, str], float
     return {(row["target"], row["launch"]): row["sass_per_weight"] for row in rows if row["sass_per_weight"]}
 
 
-def measured(device: Device, m: int, n: int, k: int, results: Path = RESULTS) -> float | None:
-    """The median of our forward on this device at this shape, from the committed results, or None."""
-    for path in results.glob("*/linear_4bit.json"):
+def records(device: Device, group: str, results: Path) -> Iterator[dict]:
+    """The cases of a group that were measured on this device, from the committed results."""
+    for path in results.glob(f"*/{group}.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if device.card not in record["device"].get("gpu", ""):
-            continue
-        for case in record["cases"]:
-            if [case["shape"].get(name) for name in "MNK"] == [m, n, k]:
-                return next((r["seconds"]["p50"] for r in case["rows"] if r["contender"] == "ours"), None)
+        if device.card in record["device"].get("gpu", ""):
+            yield from record["cases"]
+
+
+def measured(device: Device, m: int, n: int, k: int, results: Path = RESULTS) -> float | None:
+    """The median of our forward at this shape, or None."""
+    for case in records(device, "linear_4bit", results):
+        if [case["shape"].get(name) for name in "MNK"] == [m, n, k]:
+            return next((r["seconds"]["p50"] for r in case["rows"] if r["contender"] == "ours"), None)
     return None
 
 
@@ -236,9 +227,11 @@ def main() -> None:
                 "-" if real is None else f"{real * 1e6:.1f}",
             )
             table.add_row(device.name, str(m), *cells)
-    Console().print(table)
+    console = Console()
+    console.print(table)
     if not sass:
         print("No ahead-of-time table: `python -m bench aot` makes it, and the fused kernels' column with it.")
-    for device in DEVICES:
-        step, dense = training_step(device, 8192, n, k)
-        print(f"{device.name}: QLoRA layer r={RANK}, M=8192, forward + backward {step / dense:.2f} x its dense GEMMs")
+    from . import model_bars  # it needs this module
+
+    console.print(model_bars.ways_table())
+    console.print(model_bars.bars_table(DEVICES[0], sass))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from bench import model
+from bench import model, model_bars, model_training
 
 N, K = 14336, 4096
 H100 = model.DEVICES[0]
@@ -22,6 +22,7 @@ def test_units():
     """A gigabyte at a terabyte per second is a millisecond, and so on."""
     unit = model.Device("unit", "unit", "sm_90", 1, 1e9, 1e12 / model.COPY, 1e12 / model.GEMM, 0, lanes=1000)
     weights = 10**9
+    assert model.decode(unit, 1, weights, in_cache=True).memory == pytest.approx(model.NESTED_BYTES * 1e-3)
     assert model.decode(unit, 1, weights).memory == pytest.approx((model.NESTED_BYTES + 2) * 1e-3)
     assert model.gemm(unit, 5, 1, weights).tensor == pytest.approx(1e-2)
     assert model.fused(unit, 1, 1, weights, 7.0, block_m=1).issue * model.ISSUE == pytest.approx(7e-3)
@@ -75,10 +76,50 @@ def test_decode_bar_on_h100_is_predicted(m):
 
 
 def test_panels_of_l2_size():
-    """They lose at M = 8192 on H100 in part-filled waves, and equal the whole decode when they are the whole weight."""
+    """A panel in L2 costs what the whole weight does if it fills as many waves of tiles, more if it does not."""
     whole = model.decode_and_gemm(H100, 8192, N, K)
-    assert model.panels(H100, 8192, N, K, 1792) > whole
-    assert model.panels(H100, 8192, N, K, N) == pytest.approx(whole, rel=0.01)
+    assert model_training.panels(H100, 8192, N, K, N) == pytest.approx(whole, rel=0.01)
+    assert model_training.panels(H100, 8192, N, K, 3072) == pytest.approx(whole, rel=0.015)
+    assert model_training.panels(H100, 8192, N, K, 256) > 1.05 * whole
+    assert model_training.panels(H100, 8192, N, K, 1792) > model_training.panels(H100, 8192, N, K, 2048)
+
+
+def test_lora_in_a_gemm():
+    """Each way's cost is the traffic that it names; a mask rules out the longer product."""
+    ways = model_training.lora_ways(H100, 8192, N, K, 16)
+    one_pass = model.HALF * 8192 * N / (H100.bandwidth * model.COPY)
+    assert ways["pass over the result"] == pytest.approx(2 * one_pass, rel=0.02)
+    assert one_pass < ways["vendor GEMM adds to it"] < ways["pass over the result"]
+    assert ways["K longer by r"] < ways["vendor GEMM adds to it"]  # a wide result
+    deep = model_training.lora_ways(H100, 8192, K, N, 16)
+    assert min(deep, key=deep.get) == "vendor GEMM adds to it"
+    assert model_training.lora_ways(H100, 8192, N, K, 16, masked=True)["K longer by r"] == math.inf
+
+
+@pytest.mark.parametrize("device", model.DEVICES, ids=lambda device: device.name)
+def test_training_step(device):
+    """Above its floor, below its peers; the adapters' share falls with depth."""
+    floor, ours = (f(device, 8192, N, K) for f in (model_training.dense_step, lambda *s: model_training.step(*s, 16)))
+    peers = model_training.unsloth_order(device, 8192, N, K), model_training.peft_bnb(device, 8192, N, K)
+    assert floor < ours < peers[0] < peers[1]
+    mine, theirs = model_training.peak_bytes(8192, N, K, 16)
+    assert mine < theirs
+
+
+def test_bars(tmp_path):
+    """Every goal has a prediction or no figure to make one of; a measured goal is found beside it."""
+    bars = list(model_bars.bars(H100, {}))
+    assert {bar.work for bar in bars if math.isnan(bar.predicted)} == {
+        bar.work for bar in bars if bar.work.startswith(("decode", "NF4"))
+    }
+    first = bars[0]
+    assert first.met == (first.predicted <= 1.15)
+    case = {"shape": {"M": 8192, "N": N, "K": K}, "goals": [{"goal": first.goal, "measured": {"p50": 1.25}}]}
+    (tmp_path / "gpu").mkdir()
+    record = {"device": {"gpu": "NVIDIA H100 80GB HBM3"}, "cases": [case]}
+    (tmp_path / "gpu" / "lora_linear.json").write_text(json.dumps(record))
+    assert model_bars.measured(H100, first, tmp_path) == 1.25
+    assert model_bars.measured(H100, bars[1], tmp_path) is None
 
 
 def test_tables(tmp_path, capsys):

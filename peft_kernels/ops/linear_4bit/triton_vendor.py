@@ -12,10 +12,11 @@ from ..nf4.triton_kernels import dequantize
 
 # The most bytes of a decoded weight at a time, for memory's sake: a vocabulary's projection is larger.
 _MOST_BYTES = 256 << 20
-# Targets on which a weight is decoded a panel at a time even below that, so that the panel goes from the decode to the
-# GEMM by way of the L2 cache. Predicted by `bench/model.py` (H100, 14336 x 4096: 3.7 % at M = 2048, 1.9 % at 8192), not
-# measured; where no row stands, whole weights fit the cache or the prediction is below 1 %.
-_L2_PANELS = {("cuda", 90), ("cuda", 80)}
+# Targets on which a weight is decoded a panel at a time even below that, and the rows of x from which on: a panel of at
+# most half the L2 cache reaches the GEMM without a way through memory, and the scratch shrinks with it (14336 x 4096 on
+# H100: 25 of 117 MB). Predicted by `bench/model_training.py`, not measured: within 1 % of a whole decode's time from
+# 4096 rows on, slower below, where the launches weigh. B200 and MI300X have a cache for the whole weight.
+_L2_PANELS = {("cuda", 80): 4096, ("cuda", 90): 4096}
 # The tile of the result that vendors' GEMMs prefer: what the programs of a panel have to fill multiprocessors with.
 _TILE_M, _TILE_N = 128, 256
 
@@ -63,18 +64,17 @@ def panels(size: int, other: int, whole: int, x: torch.Tensor) -> Iterator[slice
 
 
 def _l2_step(size: int, unit: int, m: int, on: Target) -> int:
-    """Rows of W that stay in L2, of `unit` bytes; as many as fill the multiprocessors' waves best, or all of them."""
+    """Rows of W, of `unit` bytes each, that stay in L2; all of them where that would fill the multiprocessors less."""
 
     def filled(rows: int) -> float:
         tiles = cdiv(m, _TILE_M) * cdiv(rows, _TILE_N)
         return tiles / (cdiv(tiles, on.multiprocessors) * on.multiprocessors)
 
-    if (on.kind, on.arch) not in _L2_PANELS or size * unit <= on.l2 // 2:
+    if m < _L2_PANELS.get((on.kind, on.arch), m + 1):
         return size
     # x and y pass through the other half
-    steps = range(_TILE_N * cdiv(on.l2 // 8, _TILE_N * unit), on.l2 // 2 // unit + 1, _TILE_N)
-    best = max(steps, key=lambda rows: (round(filled(rows), 2), rows), default=size)
-    return best if filled(best) >= 0.98 * filled(size) else size
+    steps = range(_TILE_N, min(on.l2 // 2 // unit, size) + 1, _TILE_N)
+    return max((rows for rows in steps if filled(rows) >= filled(size)), default=size)
 
 
 _scratch: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = {}
