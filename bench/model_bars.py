@@ -76,7 +76,9 @@ def _small_bars(device: Device, sass: dict[tuple[str, str], float]) -> Iterator[
 
     def of(m: int, compiled: int, rank: int = 0) -> Prediction:
         launch = f"linear_4bit forward M={compiled} bf16 nested _linear_4bit_fwd_kernel"
-        per_weight = sass.get((device.target, launch), math.nan)
+        per_weight = sass.get((device.target, launch))
+        if per_weight is None:
+            return Prediction(math.nan, 0, 0, 0)
         block_m = 16 if m <= 16 else min(m, 128)
         return fused(device, m, n, k, per_weight, block_m=block_m, splits=2 if m <= 32 else 1, rank=rank)
 

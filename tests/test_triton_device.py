@@ -32,8 +32,8 @@ class Layer:
 
 
 def rows():
-    """Served by the fused kernels, and by decode to scratch."""
-    return (3, 700) if DEVICE.type == "cuda" else (3,)
+    """Served by the fused kernels, and by decode to scratch (the interpreter's cross-over is at 128)."""
+    return (3, 700) if DEVICE.type == "cuda" else (3, 130)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -64,17 +64,17 @@ def test_side_stream():
     layer = Layer(256, 512, torch.bfloat16)
     for m in rows():
         xs = [randn(m, 512, dtype=torch.bfloat16) for _ in range(2)]
-        expected = [layer(x) for x in xs]
+        expected = [layer.with_gradients(layer, x) for x in xs]
         streams = [torch.cuda.Stream() for _ in xs]
         torch.cuda.synchronize()
         results = []
         for _ in range(5):
             for x, stream in zip(xs, streams, strict=True):
                 with torch.cuda.stream(stream):
-                    results.append(layer(x))
+                    results.append(layer.with_gradients(layer, x))
         torch.cuda.synchronize()
-        for i, y in enumerate(results):
-            assert torch.equal(y, expected[i % 2])
+        for i, tensors in enumerate(results):
+            assert all(torch.equal(a, b) for a, b in zip(tensors, expected[i % 2], strict=True))
 
 
 @needs_gpu
@@ -96,6 +96,41 @@ def test_graph():
             x.copy_(fresh)
             graph.replay()
             assert torch.equal(y, layer(fresh))
+
+
+@needs_gpu
+def test_graph_of_a_training_step():
+    """Forward and backward in one capture; the scratch of eager calls in between is another one."""
+    layer, other = Layer(256, 512, torch.bfloat16), Layer(512, 512, torch.bfloat16)
+    for m in rows():
+        x, fresh = randn(m, 512, dtype=torch.bfloat16), randn(m, 512, dtype=torch.bfloat16)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            layer.with_gradients(layer, x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = layer.with_gradients(layer, x)
+        other(fresh)
+        x.copy_(fresh)
+        graph.replay()
+        for ours, eager in zip(captured, layer.with_gradients(layer, fresh), strict=True):
+            assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_scratch_is_kept(dtype):
+    """One buffer for each device, stream and dtype, which grows and is used again."""
+    triton_vendor._scratch.clear()
+    small, large = (Weight4bit.quantize(randn(n, 64)) for n in (32, 96))
+    first = triton_vendor.decode(large, dtype)
+    assert triton_vendor.decode(small, dtype).data_ptr() == first.data_ptr()
+    assert triton_vendor.decode(small, torch.float32).data_ptr() != first.data_ptr()
+    assert len(triton_vendor._scratch) == 2
+    if DEVICE.type == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert triton_vendor.decode(small, dtype).data_ptr() != first.data_ptr()
 
 
 @needs_gpu
@@ -124,3 +159,23 @@ def test_memory_peak(m):
     sums = 4 * m * RANK * (1 + 16)  # S and at most 16 planes of it
     planes = 4 * m * n * (k // (16 * m)) if m <= 32 else 0
     assert extra <= y.numel() * 2 + sums + planes + (1 << 20)
+
+
+@needs_gpu
+@pytest.mark.parametrize("m", [16, 4096])
+def test_memory_peak_of_training(m):
+    """Forward and backward take y, dX, S, T and partial sums of theirs; no float32 copy of x or dY, no mask."""
+    n, k = 4096, 4096
+    layer, x = Layer(n, k, torch.bfloat16), randn(m, k, dtype=torch.bfloat16).requires_grad_()
+    dy, leaves = randn(m, n, dtype=torch.bfloat16), (x, layer.lora_A, layer.lora_B)
+    with use_backend("triton"):
+        call = lambda: functional.lora_linear(x, layer.weight, layer.lora_A, layer.lora_B, dropout_p=0.1)  # noqa: E731
+        torch.autograd.grad(call(), leaves, dy)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(call(), leaves, dy)
+    extra = torch.cuda.max_memory_allocated() - before
+    sums = 4 * m * RANK * (2 + 16 + n // 128) + (dy.numel() + x.numel()) // 4  # planes of dA and dB: an eighth each
+    planes = 4 * m * (n + k) * (k // (16 * m)) if m <= 32 else 0
+    assert extra <= 2 * m * (n + k) + sums + planes + (1 << 20)

@@ -16,7 +16,7 @@ _MOST_BYTES = 256 << 20
 # most half the L2 cache reaches the GEMM without a way through memory, and the scratch shrinks with it (14336 x 4096 on
 # H100: 25 of 117 MB). Predicted by `bench/model_training.py`, not measured: within 1 % of a whole decode's time from
 # 4096 rows on, slower below, where the launches weigh. B200 and MI300X have a cache for the whole weight.
-_L2_PANELS = {("cuda", 80): 4096, ("cuda", 90): 4096}
+_L2_PANELS: dict[tuple[str, int | str], int] = {("cuda", 80): 4096, ("cuda", 90): 4096}
 # The tile of the result that vendors' GEMMs prefer: what the programs of a panel have to fill multiprocessors with.
 _TILE_M, _TILE_N = 128, 256
 
