@@ -13,6 +13,7 @@ OWN_GEMM = {"sm_80": 0.95, "sm_90": 0.92, "sm_100": 0.85, "gfx942": 0.85}
 HIDDEN = 0.5
 DY_TILE = 256  # columns of dY for which one partial T is kept
 FLOAT = 4
+WIDE = 2  # N / K from which on the operation makes the forward product longer
 
 
 def copy_seconds(device: Device, nbytes: float) -> float:
@@ -62,8 +63,8 @@ def _base_step(device: Device, m: int, n: int, k: int) -> float:
 
 def step(device: Device, m: int, n: int, k: int, rank: int) -> float:
     """Ours, forward + backward: shrink reads x, one pass over dY gives T and dB, dA reads x; two terms added."""
-    way = "vendor GEMM adds to it"
-    added = lora_ways(device, m, n, k, rank)[way] + lora_ways(device, m, k, n, rank)[way]
+    longer, adds = "K longer by r", "vendor GEMM adds to it"
+    added = lora_ways(device, m, n, k, rank)[longer if n >= WIDE * k else adds] + lora_ways(device, m, k, n, rank)[adds]
     planes = 2 * FLOAT * m * rank * n / DY_TILE
     return _base_step(device, m, n, k) + added + copy_seconds(device, HALF * m * (2 * k + n) + planes) + 6 * LAUNCH
 
@@ -86,8 +87,8 @@ def peft_bnb(device: Device, m: int, n: int, k: int) -> float:
 def peak_bytes(m: int, n: int, k: int, rank: int) -> tuple[float, float]:
     """Ours and PEFT's, beyond x, dY and the parameters.
 
-    Ours: y, the decoded weight, dX, T's planes. PEFT's, in backward: y, x in float32, dY in float32 and scaled, the
-    decoded weight, dX in float32 and cast.
+    Ours: y, the decoded weight, the copy of x of a longer product, dX, T's planes. PEFT's, in backward: y, x in
+    float32, dY in float32 and scaled, the decoded weight, dX in float32 and cast.
     """
-    ours = HALF * (m * n + n * k + m * k) + FLOAT * m * rank * (n / DY_TILE + 2)
+    ours = HALF * (m * n + n * k + (2 if n >= WIDE * k else 1) * m * k) + FLOAT * m * rank * (n / DY_TILE + 2)
     return ours, HALF * (m * n + n * k + m * k) + FLOAT * (2 * m * n + 2 * m * k)

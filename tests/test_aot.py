@@ -87,7 +87,9 @@ def test_few_instructions_a_weight_on_hopper(rows):
 
 
 @pytest.mark.parametrize("machine", [name for name, machine in MACHINES.items() if machine.target.kind == "cuda"])
-@pytest.mark.parametrize("name", [f"nf4-dequantize bf16 {what}" for what in ("nested", "columns", "tiled")])
+@pytest.mark.parametrize(
+    "name", [f"nf4-dequantize bf16 {what}" for what in ("nested", "columns", "tiled", "rows apart")]
+)
 def test_decode_moves_16_bytes_at_a_time(name, machine):
     """The codes and the weights once each, in accesses as wide as there are."""
     (launch,) = aot.launches(CASES[name], MACHINES[machine])

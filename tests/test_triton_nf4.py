@@ -75,6 +75,15 @@ def test_dequantize_window(layout, nested, poison):
     assert torch.equal(triton_kernels.dequantize(weight, torch.float32, None, rows, columns), w[rows, columns])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantize_into_rows_apart(dtype):
+    """Beside other columns, which stay as they are."""
+    weight = Weight4bit.quantize(randn(300, 192))
+    out = torch.full((38, 208), 7.0, dtype=dtype, device=DEVICE)
+    triton_kernels.dequantize(weight, dtype, out[:, :192], rows=slice(261, 299))
+    assert torch.equal(out[:, :192], weight.dequantize(dtype)[261:299]) and (out[:, 192:] == 7).all()
+
+
 def test_why_not():
     assert triton_kernels.why_not(DEVICE, (torch.float32,)) is None
     assert "float64" in triton_kernels.why_not(DEVICE, (torch.float64,))

@@ -45,6 +45,18 @@ def vendor_backward(dy: torch.Tensor, weight: Weight4bit, onto: torch.Tensor | N
     return dx
 
 
+def longer_forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
+    """y (M, N) = [x's first K columns] W^T + [the others] more^T + b, in one product of x (M, K + P), more (N, P)."""
+    n, k = weight.shape
+    y = x.new_empty((x.shape[0], n))
+    for rows in panels(n, x.shape[1], 1, x):
+        w = scratch((rows.stop - rows.start, x.shape[1]), x.dtype, x.device)
+        dequantize(weight, x.dtype, w[:, :k], rows)
+        w[:, k:] = more[rows]
+        multiply(x, w.t(), None if bias is None else bias[rows], y[:, rows], False)
+    return y
+
+
 def multiply(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, add: bool) -> None:
     """out (M, N) = x w + bias, or += x w; `out` may be columns of a larger tensor."""
     if add:
@@ -77,22 +89,27 @@ def _l2_step(size: int, unit: int, m: int, on: Target) -> int:
     return max((rows for rows in steps if filled(rows) >= filled(size)), default=size)
 
 
-_scratch: dict[tuple[torch.device, int, torch.dtype], torch.Tensor] = {}
+_scratch: dict[tuple[str, torch.device, int, torch.dtype], torch.Tensor] = {}
+
+
+def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, use: str = "weight") -> torch.Tensor:
+    """A buffer that the next call for the same use on the same stream overwrites.
+
+    While a graph is captured it is a fresh tensor: a replay must not meet other calls in the scratch.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.empty(shape, dtype=dtype, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key, numel = (use, device, stream, dtype), shape[0] * shape[1]
+    buffer = _scratch.get(key)
+    if buffer is None or buffer.numel() < numel:
+        buffer = _scratch[key] = torch.empty(numel, dtype=dtype, device=device)
+    return buffer[:numel].view(shape)
 
 
 def decode(
     weight: Weight4bit, dtype: torch.dtype, rows: slice = slice(None), columns: slice = slice(None)
 ) -> torch.Tensor:
-    """W or a window of it, in a scratch that the next call on the same stream overwrites.
-
-    While a graph is captured it is a fresh tensor: a replay must not meet other calls in the scratch.
-    """
-    device = weight.packed.device
-    shape = [len(range(size)[window]) for size, window in zip(weight.shape, (rows, columns), strict=True)]
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return dequantize(weight, dtype, None, rows, columns)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    buffer, numel = _scratch.get((device, stream, dtype)), shape[0] * shape[1]
-    if buffer is None or buffer.numel() < numel:
-        buffer = _scratch[device, stream, dtype] = torch.empty(numel, dtype=dtype, device=device)
-    return dequantize(weight, dtype, buffer[:numel].view(shape), rows, columns)
+    """W or a window of it, in the scratch."""
+    n, k = (len(range(size)[window]) for size, window in zip(weight.shape, (rows, columns), strict=True))
+    return dequantize(weight, dtype, scratch((n, k), dtype, weight.packed.device), rows, columns)

@@ -13,8 +13,10 @@ from ...triton_common.planes import split_count, sum_planes
 from .triton_tiles import SHRINK_TILE, SHRINK_TILE_FLOAT32, TILE, da_tile, dy_tile, options, pieces, stages
 
 
-def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
-    """S (M, r) float32 = drop(x) A^T."""
+def shrink(
+    x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor | None, copy: torch.Tensor | None = None
+) -> torch.Tensor:
+    """S (M, r) float32 = drop(x) A^T; the pass writes x into `copy` (M, at least K) too where given."""
     m, k = x.shape
     rank = lora_A.shape[0]
     tile = SHRINK_TILE_FLOAT32 if pieces(x, lora_A) == 6 else SHRINK_TILE if m > TILE.block_m else TILE
@@ -33,6 +35,8 @@ def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor |
         x_ptr=x,
         a_ptr=lora_A,
         out_ptr=planes,
+        copy_ptr=copy,
+        stride_cm=0 if copy is None else copy.stride(0),
         M=m,
         K=k,
         rank=rank,
@@ -139,7 +143,8 @@ def da(x: torch.Tensor, t: torch.Tensor, lora_A: torch.Tensor, p: float, seed: t
 
 @triton.jit(do_not_specialize=["threshold"])
 def _lora_shrink_kernel(
-    x_ptr, a_ptr, out_ptr, seed_ptr, M, K, rank, k_per_split, threshold, inverse_keep, stride_xm, stride_ar, stride_ak,
+    x_ptr, a_ptr, out_ptr, copy_ptr, seed_ptr, M, K, rank, k_per_split, threshold, inverse_keep,
+    stride_xm, stride_ar, stride_ak, stride_cm,
     DROPOUT: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -156,6 +161,10 @@ def _lora_shrink_kernel(
         k_in = k < K - k0
         x = tl.load(x_ptr + k0, mask=(m < M)[:, None] & k_in[None, :], other=0.0)
         a = tl.load(a_ptr + k0 * stride_ak, mask=k_in[:, None] & (r < rank)[None, :], other=0.0)
+        if copy_ptr is not None:
+            first = tl.program_id(1) == 0  # one tile of the rank writes it
+            copies_ptr = copy_ptr + m.to(tl.int64)[:, None] * stride_cm + k0 + k[None, :]
+            tl.store(copies_ptr, x, mask=(m < M)[:, None] & k_in[None, :] & first)
         if DROPOUT:
             x = tl.where(dropout_keep(seed_ptr, threshold, m0, k0, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
         acc = dot_wide(x, a, acc, PIECES)

@@ -35,3 +35,9 @@ def cases() -> Iterator[Case]:
         "dequantize bf16 columns", 0, lambda: dequantize(meta_weight(4096, 4096), torch.bfloat16, columns=columns)
     )
     yield Case("dequantize bf16 tiled", 0, lambda: dequantize(meta_weight(4096, 4096, layout="tiled"), torch.bfloat16))
+    yield Case("dequantize bf16 rows apart", 0, lambda: _apart(4096, 4096))
+
+
+def _apart(n: int, k: int) -> None:
+    out = torch.empty((n, k + 16), dtype=torch.bfloat16)[:, :k]
+    dequantize(meta_weight(n, k), torch.bfloat16, out)

@@ -66,9 +66,10 @@ def dequantize(
     rows: slice = slice(None),
     columns: slice = slice(None),
 ) -> torch.Tensor:
-    """W (N, K) or a window of it, into `out` (a contiguous tensor of the result's shape) where given.
+    """W (N, K) or a window of it, into `out` (a tensor of the result's shape) where given.
 
-    rows: any; columns: whole blocks, and all of them where blocks straddle rows.
+    rows: any; columns: whole blocks, and all of them where blocks straddle rows: then `out` is contiguous. Else its
+    rows may lie apart.
     """
     n, k = weight.shape
     n0, n1, _ = rows.indices(n)
@@ -89,7 +90,9 @@ def dequantize(
         row_blocks=k // weight.blocksize,
         CODE=CODE_KINDS.index((weight.quant_type, torch.float32)),  # the result is exact
         **_way(weight, out, numel),
-        WINDOW=k1 - k0 != k,
+        stride_on=out.stride(0),
+        WINDOW=k1 - k0 != k or not out.is_contiguous(),
+        APART=not out.is_contiguous(),
         BLOCKS=per_program,
         num_warps=_WARPS,
         enable_fp_fusion=False,
@@ -153,20 +156,26 @@ def _nf4_quantize_kernel(
 @triton.jit
 def _nf4_dequantize_kernel(
     packed_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, out_ptr,
-    numel, first_block, window_blocks, row_blocks,
+    numel, first_block, window_blocks, row_blocks, stride_on,
     TILED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
-    CODE: tl.constexpr, WINDOW: tl.constexpr, WORDS: tl.constexpr, PERMUTE: tl.constexpr, EXACT: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    CODE: tl.constexpr, WINDOW: tl.constexpr, APART: tl.constexpr, WORDS: tl.constexpr, PERMUTE: tl.constexpr,
+    EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """out (numel,) = the blocks from first_block on; WINDOW: window_blocks of every row_blocks."""
+    """out (numel,) = the blocks from first_block on. WINDOW: window_blocks of every row_blocks; APART: rows' stride."""
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     left = tl.minimum(numel - first * BLOCKSIZE, BLOCKS * BLOCKSIZE).to(tl.int32)  # elements of this program
     local = tl.arange(0, BLOCKS)
     if WINDOW:
         block = tl.program_id(0) * BLOCKS + local  # a 64-bit division would cost as much as the decode
-        source = first_block + (block // window_blocks).to(tl.int64) * row_blocks + block % window_blocks
+        row, column = (block // window_blocks).to(tl.int64), block % window_blocks
+        source = first_block + row * row_blocks + column
     else:
         source = first_block + first + local
+    if APART:
+        to = row * stride_on + column * BLOCKSIZE
+    else:
+        to = local * BLOCKSIZE
+        out_ptr += first * BLOCKSIZE
     inside = local * BLOCKSIZE < left
     scale = block_scale(source, inside, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE)
     if WORDS:  # whole blocks, so that a mask for each block leaves the accesses as wide as they can be
@@ -175,9 +184,8 @@ def _nf4_dequantize_kernel(
         words = tl.load(words_ptr, mask=inside[:, None], other=0)
         if EXACT is not None:
             pairs = decode_exact(words, tl.broadcast_to(scale[:, None], words.shape), EXACT, TILED)
-            pair = local[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
-            pairs_ptr = out_ptr.to(tl.pointer_type(tl.int32)) + first * (BLOCKSIZE // 2)
-            tl.store(pairs_ptr + pair, pairs, mask=inside[:, None])
+            pairs_ptr = out_ptr.to(tl.pointer_type(tl.int32)) + (to // 2)[:, None]
+            tl.store(pairs_ptr + tl.arange(0, BLOCKSIZE // 2)[None, :], pairs, mask=inside[:, None])
             return
         values = decode_words(words, scale, code_ptr, CODE, TILED, PERMUTE=PERMUTE)
         values = natural_order(values, TILED, BLOCKS, BLOCKSIZE)
@@ -188,5 +196,5 @@ def _nf4_dequantize_kernel(
         values = tl.join(tl.load(code_ptr + (packed >> 4)), tl.load(code_ptr + (packed & 0xF)))
         values = byte_order(values, TILED, BLOCKS, BLOCKSIZE)
     values = (values * scale[:, None]).to(out_ptr.dtype.element_ty)
-    element = local[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
-    tl.store(out_ptr + first * BLOCKSIZE + element, values, mask=element < left)
+    within = tl.arange(0, BLOCKSIZE)[None, :]
+    tl.store(out_ptr + to[:, None] + within, values, mask=local[:, None] * BLOCKSIZE + within < left)
