@@ -99,8 +99,8 @@ def backward(
 
 
 # From which N / K on the forward product is made longer, and by which part of K at most: [x, S] [W, s B]^T in one GEMM,
-# with x copied by the pass that reads it for S. Predicted by `bench/model.py`, not measured: 1 to 5 % of a GEMM of N = 3.5 K, where adding in the
-# accumulator costs 4 to 9 %; with N = K about the same, at the price of the copy's memory.
+# with x copied by the pass that reads it for S. Predicted by `bench/model.py`, not measured: 1 to 5 % of a GEMM of
+# N = 3.5 K, where adding in the accumulator costs 4 to 9 %; with N = K about the same, and the copy takes memory.
 _WIDE, _LONGER_BY = 2, 1 / 32
 
 
@@ -122,7 +122,7 @@ def _longer(
 def _columns(
     left: torch.Tensor, right: torch.Tensor, count: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """left (M, r) right^T, right (N, r), as a product of `count` columns: rounded if right is of `dtype`, else pairs."""
+    """left (M, r) right^T, right (N, r), as a product of `count` columns: pairs if right is not of `dtype`."""
     high, low = _pair(left, dtype)
     if right.dtype == dtype:
         return _padded([high], count), _padded([right], count)
