@@ -12,7 +12,8 @@ from ...triton_common.lowrank import LowRank, expand, expand_add
 from ..linear_4bit import triton_decode
 from ..linear_4bit.triton_kernels import fused_backward, fused_forward
 from ..nf4.triton_aot import meta_weight
-from .triton_adapter import da, pieces, shrink, t_and_db
+from .triton_adapter import da, shrink, t_and_db
+from .triton_tiles import pieces
 
 _N, _K, _R = 14336, 4096, 16
 
