@@ -9,7 +9,7 @@ from . import tables
 
 Row = dict[str, Any]
 HEADER = [
-    "method", "way", "trained", "adapter file", "training step", "model + step memory", "inference", "merges",
+    "method", "way", "trained", "adapter file", "training step", "memory of it", "inference (over the base)", "merges",
     "after merging",
 ]  # fmt: skip
 
@@ -44,28 +44,25 @@ def within(row: Row, limits: Limits) -> bool:
 
 
 def memory_bytes(row: Row) -> int:
-    """The model and what a training step takes beyond it."""
-    return row["model_bytes"] + (row["step_peak_bytes"] or 0)
+    """The model, the optimizer's state, and what a training step takes beyond them."""
+    return row["model_bytes"] + row["optimizer_bytes"] + (row["step_peak_bytes"] or 0)
 
 
 def cells(row: Row) -> list[str]:
     """A row of the table."""
     if "why_not" in row:
         return [row["method"], row["way"], row["why_not"], *[""] * (len(HEADER) - 3)]
-    step, merge = row["step_seconds"], row["merge"]
-    left = (
-        f"{merge['overhead']:+.0%}, {merge['parameters']:,} parameters, error {merge['error']:.1e}"
-        if merge["merges"]
-        else ""
-    )
+    merge = row["merge"]
+    left = f"{merge['overhead']:+.0%}, {merge['parameters']:,} parameters more, " if merge["merges"] else ""
+    left += f"logits off by {merge['error']:.1%} (before: {merge['rounding']:.1%})" if merge["merges"] else ""
     return [
         row["method"],
         row["way"],
         f"{row['trainable']:,}",
         tables.size(row["adapter_bytes"]),
-        tables.duration(step["p50"]),
+        tables.duration(row["step_seconds"]["p50"]),
         tables.size(memory_bytes(row)),
-        f"{row['overhead']['p50']:+.0%}",
+        f"{tables.duration(row['inference_seconds']['p50'])} ({row['overhead']['p50']:+.0%})",
         "yes" if merge["merges"] else "no",
         left,
     ]
