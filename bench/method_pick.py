@@ -87,13 +87,19 @@ def advice(result: dict[str, Any], limits: Limits) -> str:
     return f"{describe(limits)}: " + (f"{row['method']}, {row['way']}" if row else "no measured row keeps to it")
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table for the README, with picks for some limits made from its own figures."""
+def picks(result: dict[str, Any]) -> list[str]:
+    """The setting, the rule, and the picks for some limits, made from the table's own figures."""
     setting = result["setting"]
     over = f"{setting['model']}, {setting['batch']} x {setting['sequence']} tokens, {setting['dtype']}."
-    picks = "\n".join(f"- {advice(result, limits)}" for limits in examples(result["rows"]))
     rule = "Of the rows within the limits, the one that trains the most parameters (quality is not measured here):"
-    return "\n\n".join((tables.facts(result), over, tables.markdown_table(table(result)), rule, picks))
+    return [over, rule, *(advice(result, limits) for limits in examples(result["rows"]))]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table for the README."""
+    over, rule, *found = picks(result)
+    lines = "\n".join(f"- {pick}" for pick in found)
+    return "\n\n".join((tables.facts(result), over, tables.markdown_table(table(result)), rule, lines))
 
 
 def examples(rows: list[Row]) -> list[Limits]:

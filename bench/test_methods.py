@@ -14,6 +14,7 @@ from bench.method_pick import Limits
 from bench.methods import METHODS, TINY, trained
 from bench.peers import dense
 from bench.test_bench import bench
+from peft_kernels import native
 
 FAST = timing.Effort(seconds=0.02, sample=1e-5, min_rounds=3, max_rounds=3)
 SETTING = method_table.Setting(TINY, timing.CPU, torch.float32, FAST, batch=1, sequence=8)
@@ -132,20 +133,23 @@ def test_methods_command(tmp_path):
     assert "| IA³ |" in text and "- 1 task: IA³" in text
 
 
-def test_tune_forces_each_way(monkeypatch):
-    (case,) = (case for case in tune.cases("linear_4bit", Options(quick=True)) if case.shape["M"] == 64)
+@pytest.mark.parametrize(
+    "op, other",
+    [("linear_4bit", "linear_4bit.native_calls.decode"), ("prefix_attention", "prefix_attention.library.forward")],
+)
+def test_tune_forces_each_way(op, other, monkeypatch):
+    case = list(tune.cases(op, Options(quick=True)))[-1]
     work = case.build()
     for name in work.contenders:
         work.check(name)
-    if tune.FUSED not in work.contenders:
+    ours, vendor = tune.OPS[op].ways
+    if native.load() is None or ours not in work.contenders:
         pytest.skip("this machine has no fused kernel")
-    from peft_kernels.ops.linear_4bit import native_calls
 
-    with monkeypatch.context() as patch:  # the decode is what only one of the ways calls
-        patch.setattr(native_calls, "decode", lambda *arguments: 1 / 0)
-        work.contenders[tune.FUSED].calls[0]()
-        with pytest.raises(ZeroDivisionError):
-            work.contenders[tune.DECODE].calls[0]()
+    monkeypatch.setattr(f"peft_kernels.ops.{other}", lambda *arguments: 1 / 0)  # what only one of the ways calls
+    work.contenders[ours].calls[0]()
+    with pytest.raises(ZeroDivisionError):
+        work.contenders[vendor].calls[0]()
 
 
 def test_tune_command(tmp_path):
@@ -163,7 +167,7 @@ def test_tune_names_rows():
         return {"shape": {"M": m, "N": 8, "K": 4}, "rows": rows}
 
     records = [record(1, (1, 4), (3, 2)), record(16, (2, 3), (3, 2)), record(64, (5, 4), (3, 2))]
-    forward, backward = tune.named_rows(records)
+    forward, backward = tune.named_rows("linear_4bit", records)
     assert forward == '"forward 8x4": 16,  # 4.00 x at M=1, 1.50 x at M=16'
     assert backward.startswith('"backward 8x4": 0,')
 
