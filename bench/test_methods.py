@@ -14,7 +14,6 @@ from bench.method_pick import Limits
 from bench.methods import METHODS, TINY, trained
 from bench.peers import dense
 from bench.test_bench import bench
-from peft_kernels import native
 
 FAST = timing.Effort(seconds=0.02, sample=1e-5, min_rounds=3, max_rounds=3)
 SETTING = method_table.Setting(TINY, timing.CPU, torch.float32, FAST, batch=1, sequence=8)
@@ -138,12 +137,14 @@ def test_methods_command(tmp_path):
     [("linear_4bit", "linear_4bit.native_calls.decode"), ("prefix_attention", "prefix_attention.library.forward")],
 )
 def test_tune_forces_each_way(op, other, monkeypatch):
+    if reason := tune.why_not(op, timing.CPU):
+        pytest.skip(reason)
     case = list(tune.cases(op, Options(quick=True)))[-1]
     work = case.build()
     for name in work.contenders:
         work.check(name)
     ours, vendor = tune.OPS[op].ways
-    if native.load() is None or ours not in work.contenders:
+    if ours not in work.contenders:
         pytest.skip("this machine has no fused kernel")
 
     monkeypatch.setattr(f"peft_kernels.ops.{other}", lambda *arguments: 1 / 0)  # what only one of the ways calls
@@ -153,6 +154,8 @@ def test_tune_forces_each_way(op, other, monkeypatch):
 
 
 def test_tune_command(tmp_path):
+    if reason := tune.why_not("linear_4bit", timing.CPU):
+        pytest.skip(reason)
     done = bench("tune", "linear_4bit", "--quick", "--seconds", 0.05, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert '"forward 192x576": ' in done.stdout and (tmp_path / "tune_linear_4bit.json").exists()

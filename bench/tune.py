@@ -23,6 +23,7 @@ from .inputs import nf4_weight
 from .shapes import RANK
 
 PHASES = ("forward", "backward")
+BACKENDS = {"cpu": "native", "gpu": "triton"}
 Sizes = dict[str, int]
 # call(namespace, leaves...) -> y, with the leaves by the names of their gradients, and dY
 Problem = tuple[Callable[..., torch.Tensor], dict[str, torch.Tensor], torch.Tensor]
@@ -65,8 +66,6 @@ def _fused_linear(options: Options, sizes: Sizes) -> bool:
     """On a CPU the kernels say themselves what they support."""
     if options.device.type != "cpu":
         return options.dtype != torch.float32
-    if native.load() is None:
-        return False
     name, functions = _LINEAR["cpu"]
     weight = pk.Weight4bit.quantize(torch.zeros(sizes["N"], sizes["K"]))
     return all(getattr(importlib.import_module(name), f)(sizes["M"], options.dtype, weight) for f in functions)
@@ -101,34 +100,38 @@ OPS = {
         _KEYS,
         _heads,
         _prefix,
-        lambda options, sizes: native.load() is not None,
+        lambda options, sizes: True,
     ),
 }
 
 
 @contextlib.contextmanager
 def forced(choice: Choice, way: str, device: torch.device) -> Iterator[None]:
-    """Every call inside goes that way."""
-    name, functions = choice.decides["cpu" if device.type == "cpu" else "gpu"]
+    """Every call inside goes that way, on the backend whose functions decide."""
+    name, functions = choice.decides[kind(device)]
     module = importlib.import_module(name)
     before = {function: getattr(module, function) for function in functions}
     try:
         for function in functions:
             setattr(module, function, lambda *arguments: way == choice.ways[0])
-        yield
+        with pk.use_backend(BACKENDS[kind(device)]):
+            yield
     finally:
         for function, original in before.items():
             setattr(module, function, original)
 
 
+def kind(device: torch.device) -> str:
+    """Of a device: "cpu" or "gpu"."""
+    return "cpu" if device.type == "cpu" else "gpu"
+
+
 def why_not(op: str, device: torch.device) -> str | None:
     """Why there is nothing to tune for the operation on this device."""
     kinds = OPS[op].decides
-    return (
-        None
-        if ("cpu" if device.type == "cpu" else "gpu") in kinds
-        else f"{op} chooses by size on {', '.join(kinds)} only"
-    )
+    if kind(device) not in kinds:
+        return f"{op} chooses by size on {', '.join(kinds)} only"
+    return native.why_not() if kind(device) == "cpu" else None
 
 
 def work(choice: Choice, options: Options, sizes: Sizes) -> Work:
