@@ -9,7 +9,7 @@ from . import tables
 
 Row = dict[str, Any]
 HEADER = [
-    "method", "way", "trained", "adapter file", "training step", "memory of it", "inference (over the base)", "merges",
+    "method", "way", "trained", "adapter file", "training step", "training memory", "inference (over the base)", "merges",
     "after merging",
 ]  # fmt: skip
 

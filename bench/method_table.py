@@ -15,8 +15,7 @@ from .cases.smollm2 import Trainer
 from .inputs import replaced
 from .methods import METHODS, Method, base, trained
 
-# The fused model's gradients against the unfused one's, relative root-mean-square: the spread of the dtype itself.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+SAME = 5e-3  # root mean square, relative: float32 through a whole model with random prompts was off by up to 1.4e-3
 UNFUSED, FUSED = "unfused", "fused"
 Row = dict[str, Any]
 
@@ -62,7 +61,7 @@ def measured(method: Method, setting: Setting) -> Iterator[Row]:
     ids = setting.ids(bare.config.vocab_size)
     models = {UNFUSED: trained(method, fresh(method, setting)), FUSED: trained(method, fresh(method, setting))}
     layers, unserved = method.fuse(models[FUSED])
-    why_not = {FUSED: unserved or differs(models, ids, setting.dtype)}
+    why_not = {FUSED: unserved or differs(method, models, setting)}
     sound = {way: model for way, model in models.items() if not why_not.get(way)}
     steps = {way: Trainer(model, [ids]) for way, model in sound.items()}
     step_times = timing.measure({way: [step] for way, step in steps.items()}, setting.effort, device=setting.device)
@@ -96,20 +95,40 @@ def fresh(method: Method, setting: Setting) -> torch.nn.Module:
     return base(setting.model, setting.dtype, setting.device, quantized=method.quantized)
 
 
-def differs(models: dict[str, torch.nn.Module], ids: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """Why the fused model's gradients are not the unfused one's, or None: no speed without a passing check."""
-    gradients = {}
-    for way, model in models.items():
-        model.train()(input_ids=ids, labels=ids).loss.backward()
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        found = [torch.zeros(p.numel()) if p.grad is None else p.grad.float().cpu().flatten() for p in parameters]
-        gradients[way] = torch.cat(found)
-        model.zero_grad()
-    truth = gradients[UNFUSED].double()
-    if not torch.isfinite(truth).all() or not truth.abs().max() > 0:
-        return "the unfused gradients are zero or not finite"
-    error = ((gradients[FUSED] - truth).square().mean() / truth.square().mean()).sqrt().item()
-    return None if error <= TOLERANCE[dtype] else f"check failed: gradients differ by {error:.3g}"
+def differs(method: Method, models: dict[str, torch.nn.Module], setting: Setting) -> str | None:
+    """Why the fused model's gradients are wrong, or None: no speed without a passing check.
+
+    In float32 they are the unfused model's. In the dtype to measure, half of them are at most twice as far from those
+    as the unfused model's are: there random prompts tip single attentions over, in either model, and a mean would be
+    made of these.
+    """
+    ids = setting.ids(models[UNFUSED].config.vocab_size)
+    exact = {way: in_float32(trained(method, fresh(method, setting))) for way in models}
+    method.fuse(exact[FUSED])
+    truth = gradients(exact[UNFUSED], ids)
+    if not torch.isfinite(truth).all() or not truth.abs().median() > 0:
+        return "half of the unfused gradients are zero, or some are not finite"
+    change = gradients(exact[FUSED], ids) - truth
+    off = (change.square().mean() / truth.square().mean()).sqrt().item()
+    if not off <= SAME:
+        return f"check failed: in float32 gradients differ by {off:.3g}"
+    fused, unfused = (median_error(gradients(models[way], ids), truth) for way in (FUSED, UNFUSED))
+    limit = 2 * unfused + SAME
+    return None if fused <= limit else f"check failed: gradients differ by {fused:.3g}, {limit:.3g} is allowed"
+
+
+def gradients(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """All gradients of a training step in one float64 vector; zeros for a parameter that has none."""
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    model.zero_grad()
+    return torch.cat([gradient.double().cpu().flatten() for gradient in found])
+
+
+def median_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """Median of the absolute difference, relative to that of the absolute truth."""
+    return ((actual - truth).abs().median() / truth.abs().median()).item()
 
 
 def size(trainer: Trainer) -> Row:
@@ -178,10 +197,11 @@ def merge(method: Method, way: str, base: torch.nn.Module, setting: Setting) -> 
 
 
 def in_float32(model: torch.nn.Module) -> torch.nn.Module:
-    """The model computing in float32; 4-bit weights stay as they are."""
+    """The model computing in float32; 4-bit weights stay as they are, and are decoded to float32."""
     for module in model.modules():
-        if hasattr(module, "compute_dtype"):  # of bitsandbytes' layers
-            module.compute_dtype = torch.float32
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            state.dtype = module.compute_dtype = torch.float32
     return model.float()
 
 

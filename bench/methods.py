@@ -170,6 +170,7 @@ def trained(method: Method, model: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator) * 0.02
+                size = parameter.float().square().mean().sqrt().item() or 1.0  # zeros become 0.02 on average
+                noise = torch.randn(parameter.shape, generator=generator) * 0.02 * size
                 parameter += noise.to(parameter.device, parameter.dtype)
     return model
