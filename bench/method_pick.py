@@ -9,7 +9,7 @@ from . import tables
 
 Row = dict[str, Any]
 HEADER = [
-    "method", "way", "trained", "adapter file", "training step", "training memory", "inference (over the base)", "merges",
+    "method", "way", "trained", "adapter file", "training step", "training memory", "inference (over base)", "merges",
     "after merging",
 ]  # fmt: skip
 
@@ -26,11 +26,13 @@ class Limits:
 def pick(rows: list[Row], limits: Limits) -> Row | None:
     """The row to take within the limits, or None.
 
-    Quality is not measured here. Of the rows within the limits the one that trains the most parameters is taken, which
-    is the room that a method has to fit a task; the faster step decides between equals.
+    Quality is not measured here; how many parameters a method trains is the room that it has to fit a task. Of the rows
+    within the limits that train at least half as many as the one that trains the most, the fastest to train is taken.
     """
     fitting = [row for row in rows if "why_not" not in row and within(row, limits)]
-    return max(fitting, key=lambda row: (row["trainable"], -row["step_seconds"]["p50"]), default=None)
+    most = max((row["trainable"] for row in fitting), default=0)
+    roomy = [row for row in fitting if 2 * row["trainable"] >= most]
+    return min(roomy, key=lambda row: row["step_seconds"]["p50"], default=None)
 
 
 def within(row: Row, limits: Limits) -> bool:
@@ -91,7 +93,8 @@ def picks(result: dict[str, Any]) -> list[str]:
     """The setting, the rule, and the picks for some limits, made from the table's own figures."""
     setting = result["setting"]
     over = f"{setting['model']}, {setting['batch']} x {setting['sequence']} tokens, {setting['dtype']}."
-    rule = "Of the rows within the limits, the one that trains the most parameters (quality is not measured here):"
+    rule = "Of the rows within the limits that train at least half as many parameters as the one that trains the most, "
+    rule += "the fastest to train (quality is not measured here):"
     return [over, rule, *(advice(result, limits) for limits in examples(result["rows"]))]
 
 

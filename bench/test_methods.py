@@ -112,7 +112,7 @@ def row(trainable, memory, overhead, merged=None, adapter=100, step=1.0):
 
 def test_pick_keeps_to_the_limits():
     big, small, slow = row(1000, 800, 0.5, merged=0.0), row(10, 100, 0.1), row(1000, 800, 0.5, merged=0.0, step=2.0)
-    rows = [slow, big, small, {"why_not": "absent"}]
+    rows = [slow, big, small, row(1900, 9000, 9.0, step=3.0), {"why_not": "absent"}]
     assert method_pick.pick(rows, Limits()) is big
     assert method_pick.pick(rows, Limits(memory=500)) is small
     assert method_pick.pick(rows, Limits(overhead=0.05)) is big  # one task is merged
