@@ -40,6 +40,14 @@ def bottleneck(adapter: torch_adapter.Adapter) -> pk.nn.BottleneckAdapter:
     return layer
 
 
+def compiled(module: torch.nn.Module) -> Any:
+    """The module under torch.compile, such that its backward pass can be timed alone, several times over one graph."""
+    import torch._functorch.config as config
+
+    config.donated_buffer = False
+    return torch.compile(module)
+
+
 def replaced(model: torch.nn.Module) -> torch.nn.Module:
     """The model after replace_layers."""
     pk.replace_layers(model)

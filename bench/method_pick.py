@@ -9,8 +9,8 @@ from . import tables
 
 Row = dict[str, Any]
 HEADER = [
-    "method", "way", "trained", "adapter file", "training step", "training memory", "inference (over base)", "merges",
-    "after merging",
+    "method", "way", "trained", "adapter file", "training step (p20 - p80)", "training memory",
+    "inference (p20 - p80), over base", "merges", "after merging",
 ]  # fmt: skip
 
 
@@ -62,9 +62,9 @@ def cells(row: Row) -> list[str]:
         row["way"],
         f"{row['trainable']:,}",
         tables.size(row["adapter_bytes"]),
-        tables.duration(row["step_seconds"]["p50"]),
+        tables.spread(row["step_seconds"]),
         tables.size(memory_bytes(row)),
-        f"{tables.duration(row['inference_seconds']['p50'])} ({row['overhead']['p50']:+.0%})",
+        f"{tables.spread(row['inference_seconds'])}, {row['overhead']['p50']:+.0%}",
         "yes" if merge["merges"] else "no",
         left,
     ]

@@ -12,7 +12,7 @@ import torch
 
 from bench import environment, memory, peers, run, smollm2, timing
 from bench.case import OURS, Case, Contender, Goal, Options, Training, Work
-from bench.cases import GROUPS
+from bench.cases import GROUPS, bottleneck_adapter, scaled_linear
 from bench.cases import smollm2 as model_step
 
 FAST = run.Plan(timing.Effort(seconds=0.05, sample=1e-5, min_rounds=3, max_rounds=3))
@@ -123,6 +123,25 @@ def test_absent_peers_are_reported():
         "peer": "not installed: bitsandbytes",
         "broken": "ZeroDivisionError: division by zero",
     }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(bottleneck_adapter, 16, 64, 8, True), (scaled_linear, "bitfit", 16, 64, 128)],
+    ids=["bottleneck", "bitfit"],
+)
+def test_compiled_peers(case):
+    """They are left out of the quick cases; forward and backward alone, too."""
+    group, *sizes = case
+    work = group.train(Options(), *sizes)
+    work.make(lambda name: name.endswith("compiled"))
+    reasons = [reason for reason in work.absent.values() if "not installed" not in reason]
+    assert not reasons
+    for name in work.contenders:
+        work.check(name)
+        for calls in work.contenders[name].phases.values():
+            for _ in range(2):
+                calls[0]()
 
 
 def test_every_peer_is_entered_somewhere():

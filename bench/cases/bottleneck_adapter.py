@@ -12,7 +12,7 @@ import torch
 import peft_kernels as pk
 
 from ..case import FUNCTIONAL, OURS, Case, Goal, Options, Training, Work, checked, dtype_name
-from ..inputs import bottleneck, replaced, unchanged
+from ..inputs import bottleneck, compiled, replaced, unchanged
 from ..peers import adapters_lib, torch_adapter
 
 EAGER, COMPILED, FLOOR = torch_adapter.NAME, f"{torch_adapter.NAME}, compiled", "its six GEMMs"
@@ -48,7 +48,7 @@ def train(options: Options, m: int, k: int, r: int, norm: bool) -> Work:
 
     def training(module: torch.nn.Module, call: Any = None) -> Training:
         leaves = {"dx": x} | {f"d{name.replace('_before', '')}": p for name, p in module.named_parameters()}
-        return Training(lambda: (call or module)(x), leaves, dy)
+        return Training(partial(module if call is None else call, x), leaves, dy)
 
     def function() -> Training:
         def call(x: torch.Tensor) -> torch.Tensor:
@@ -71,10 +71,6 @@ def train(options: Options, m: int, k: int, r: int, norm: bool) -> Work:
         leaves = {"dx": x64} | {f"d{name}": p for name, p in module.named_parameters()}
         return Training(lambda: module(x64), leaves, dy.double())()
 
-    def compiled() -> Training:
-        torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
-        return training(eager, torch.compile(eager))
-
     def floor() -> list[Callable[[], Any]]:
         rows, hidden = x.detach(), options.randn(m, r)
         down, up = eager.down.weight.detach(), eager.up.weight.detach()
@@ -88,7 +84,7 @@ def train(options: Options, m: int, k: int, r: int, norm: bool) -> Work:
     work.add(EAGER, "peer", lambda: training(eager))
     work.add(adapters_lib.NAME, "peer", lambda: library(unchanged), adapters_lib.why_not())
     slow = "not in a quick run: compiling takes longer than it" if options.quick else None
-    work.add(COMPILED, "peer", compiled, slow)
+    work.add(COMPILED, "peer", lambda: training(eager, compiled(eager)), slow)
     work.add(FLOOR, "floor", floor)
     work.notes.append(f"{FLOOR}: by the vendor's library, with nothing between them")
     return work
