@@ -8,8 +8,8 @@ PYTHON ?= python3
 PYTEST ?=
 PY := .venv/bin/python
 ADAPTERS := build/adapters
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(NATIVE) $(shell find tests/cuda_emulation -type f)
 
 export PEFT_KERNELS_BUILD ?= cpu
 

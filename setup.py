@@ -1,14 +1,16 @@
-"""Builds the optional native core `peft_kernels._native` from csrc/.
+"""Builds the optional native core `peft_kernels._native` from csrc/, and `peft_kernels._native_cuda` from csrc/cuda/.
 
-PEFT_KERNELS_BUILD selects what is built: auto (default: the core, and on failure a warning and a pure-Python
-install), none, cpu (a failure is an error), cuda (cpu plus csrc/cuda; this version has no sources there).
-CXXFLAGS and LDFLAGS are honoured as usual.
+PEFT_KERNELS_BUILD selects what is built: auto (default: the core, and where there is nvcc its CUDA kernels; a failure
+is a warning and leaves that part out), none, cpu (the core; a failure is an error), cuda (both; likewise).
+PEFT_KERNELS_CUDA_ARCHS: the architectures to build for, "80,90a,100" unless set. CXXFLAGS and LDFLAGS are honoured.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,14 +32,18 @@ ISA_FLAGS = {"_avx512bf16": [*AVX512, "-mavx512bf16"], "_avx512": AVX512, "_avx2
 # kernels ask for fused multiply-add by name.
 # -Wno-psabi: GCC notes that 64-byte vectors are passed differently with AVX-512; no such call survives inlining.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# The runtime library is linked in, its symbols hidden: torch has one of its own in the process. It looks for a driver
+# when first called, so the module can be imported without one.
+NVCC_LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
 
 
 def build_mode() -> str:
     mode = os.environ.get("PEFT_KERNELS_BUILD", "auto").lower()
     if mode not in MODES:
         raise SystemExit(f"PEFT_KERNELS_BUILD={mode!r}: expected one of {', '.join(MODES)}")
-    if mode == "cuda":
-        raise SystemExit("PEFT_KERNELS_BUILD=cuda: this version has no CUDA C++ sources; use PEFT_KERNELS_BUILD=cpu")
+    if mode == "cuda" and not shutil.which("nvcc"):
+        raise SystemExit("PEFT_KERNELS_BUILD=cuda: there is no nvcc on PATH; install it, or use PEFT_KERNELS_BUILD=cpu")
     return mode
 
 
@@ -51,7 +57,16 @@ def isa_suffix(source: str) -> str | None:
 
 def native_sources() -> list[str]:
     found = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("**/*.cpp"))
-    return [s for s in found if is_x86() or isa_suffix(s) is None]
+    return [s for s in found if not s.startswith("csrc/cuda/") and (is_x86() or isa_suffix(s) is None)]
+
+
+def cuda_sources() -> list[str]:
+    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / "cuda").glob("*.c*") if p.suffix != ".cuh")
+
+
+def cuda_targets() -> list[str]:
+    archs = os.environ.get("PEFT_KERNELS_CUDA_ARCHS", "80,90a,100").split(",")
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
 
 
 def is_fresh(target: Path, command: str) -> bool:
@@ -64,20 +79,30 @@ def is_fresh(target: Path, command: str) -> bool:
     return all(os.path.exists(i) and os.path.getmtime(i) <= made for i in inputs)
 
 
+WARNING = """
+WARNING: the native core was not built.
+WARNING: peft_kernels will be installed as pure Python and CPU operations will be slower.
+WARNING: install a C++17 compiler, then reinstall with PEFT_KERNELS_BUILD=cpu to see why."""
+CUDA_WARNING = """
+WARNING: the CUDA kernels were not built; nothing else depends on them.
+WARNING: reinstall with PEFT_KERNELS_BUILD=cuda to see why."""
+CUDA_MODULE = "peft_kernels._native_cuda"
+
+
 class BuildNative(build_ext):
     """One object per source with its own instruction-set flags, in parallel, skipping those that are up to date."""
 
+    core_failed = False
+
     def build_extension(self, ext: Extension) -> None:
+        if self.core_failed:  # what depends on it need not be tried
+            return
         try:
             self._build_native(ext)
         except Exception as error:
+            self.core_failed = ext.name != CUDA_MODULE
             if ext.optional:
-                print(
-                    f"\nWARNING: the native core was not built ({error}).\n"
-                    "WARNING: peft_kernels will be installed as pure Python and CPU operations will be slower.\n"
-                    "WARNING: install a C++17 compiler, then reinstall with PEFT_KERNELS_BUILD=cpu to see why.\n",
-                    file=sys.stderr,
-                )
+                print(CUDA_WARNING if ext.name == CUDA_MODULE else WARNING, f"({error})\n", file=sys.stderr)
                 if not getattr(error, "__module__", "").startswith(("distutils", "setuptools")):
                     from setuptools.errors import CompileError
 
@@ -93,13 +118,19 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(self.parallel or min(2, os.cpu_count() or 1)) as pool:
             objects = list(pool.map(lambda source: self._compile(source, includes), ext.sources))
         linked_after = output.stat().st_mtime if output.exists() else 0.0
-        if self.force or any(os.path.getmtime(o) > linked_after for o in objects):
+        if not (self.force or any(os.path.getmtime(o) > linked_after for o in objects)):
+            return
+        if ext.name == CUDA_MODULE:
+            subprocess.run(["nvcc", *NVCC_LINK, *objects, "-o", str(output)], check=True)
+        else:
             # Linked without -fopenmp: the OpenMP symbols resolve to the runtime that torch has loaded, because two
             # thread pools in one process fight for the cores.
             undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
             self.compiler.link_shared_object(objects, str(output), target_lang="c++", extra_postargs=undefined)
 
     def _compile(self, source: str, includes: list[str]) -> str:
+        if source.endswith(".cu"):
+            return self._compile_cuda(source)
         target = Path(self.build_temp) / Path(source).with_suffix(".o")
         openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
         flags = [*CXX_FLAGS, *openmp, *ISA_FLAGS.get(isa_suffix(source) or "", [])]
@@ -113,12 +144,24 @@ class BuildNative(build_ext):
             target.with_suffix(".cmd").write_text(command)
         return str(target)
 
+    def _compile_cuda(self, source: str) -> str:
+        target = Path(self.build_temp) / f"{source}.o"
+        command = ["nvcc", "-c", source, "-o", str(target), *NVCC_FLAGS, *cuda_targets(), f"-I{ROOT / 'csrc'}"]
+        if self.force or not is_fresh(target, " ".join(command)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([*command, "-MD", "-MF", str(target.with_suffix(".d"))], check=True)
+            target.with_suffix(".cmd").write_text(" ".join(command))
+        return str(target)
+
 
 def extensions() -> list[Extension]:
     mode = build_mode()
     if mode == "none":
         return []
-    return [Extension("peft_kernels._native", native_sources(), language="c++", optional=mode == "auto")]
+    built = [Extension("peft_kernels._native", native_sources(), language="c++", optional=mode == "auto")]
+    if mode == "cuda" or (mode == "auto" and shutil.which("nvcc")):
+        built.append(Extension(CUDA_MODULE, cuda_sources(), language="c++", optional=mode == "auto"))
+    return built
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})

@@ -2,8 +2,10 @@
 
 A Triton row is one launch of a call that an operation compiles ahead of time (`ops/<op>/triton_aot.py`) on one target:
 registers a thread, bytes spilled, shared memory, matrix instructions, and the machine instructions that a 4-bit weight
-costs in the main loop. A CUDA row is one kernel of `csrc/cuda/*.cu`. `python -m bench aot` writes both to
-`results/aot.json`, and the tests hold what is compiled to it.
+costs in the main loop. A CUDA row is one kernel of `csrc/cuda/*.cu`; of those that decode it also has how many of these
+instructions are for the integer units, which are half as wide, the words that it reads from shared memory, and how many
+16-byte loads of weights there are in a turn of the loop. `python -m bench aot` writes both to `results/aot.json`, and
+the tests hold what is compiled to it.
 """
 
 from __future__ import annotations
@@ -23,9 +25,14 @@ from .environment import RESULTS, ROOT
 PATH = RESULTS / "aot.json"
 CUDA = ROOT / "csrc" / "cuda"
 CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100")
-NOT_MORE = ("registers", "spills", "shared", "sass_per_weight")
+NOT_MORE = ("registers", "spills", "shared", "sass_per_weight", "integer_per_weight", "shared_per_weight")
 WARP = 32
 _MATRIX = re.compile(r"[HQU]\w*MMA|WARPGROUP\.\w*MMA")
+# What the integer units execute on these targets, by NVIDIA's table of arithmetic throughput: 64 lanes a clock.
+_INTEGER = re.compile(r"(PRMT|SHF|LOP3|ISETP|IADD3|SEL|LEA|VIADD|VIMNMX|VIADDMNMX|IMNMX)\b")
+# Weights come by the only loads that are not to stay in the cache.
+_WEIGHT_LOAD = re.compile(r"LDG\.E\.EF\.(\d+)")
+_SHARED_LOAD = re.compile(r"LDS(?:\.U)?(?:\.(\d+))?$")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?(?P<name>[A-Z]\S*)(?P<rest>.*);")
 
@@ -106,11 +113,11 @@ def cuda_rows(source: Path, target: str) -> list[Row]:
     """What nvcc makes of each kernel of a file."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-cubin", f"-arch={target}", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "--resource-usage"]
-        done = subprocess.run(
-            [*command, "-o", f"{folder}/out.cubin", source], capture_output=True, text=True, check=False
-        )
-    if done.returncode:
-        raise RuntimeError(f"nvcc {target} {source.name}: {done.stderr[-2000:]}")
+        cubin = Path(folder) / "out.cubin"
+        done = subprocess.run([*command, "-o", cubin, source], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"nvcc {target} {source.name}: {done.stderr[-2000:]}")
+        assemblies = cuda_assemblies(cubin.read_bytes())
     rows = []
     for part in re.split(r"Compiling entry function ", done.stdout + done.stderr)[1:]:
         name = part.partition("'")[2].partition("'")[0]
@@ -121,15 +128,45 @@ def cuda_rows(source: Path, target: str) -> list[Row]:
         rows.append(
             {
                 "target": target,
-                "launch": f"{source.name} {name}",
+                "launch": f"{source.name} {readable(name)}",
                 "registers": number(r"Used (\d+) registers"),
-                "spills": number(r"(\d+) bytes spill (?:stores|loads)"),
+                "spills": number(r"(\d+) bytes (?:stack frame|spill stores|spill loads)"),
                 "shared": number(r"(\d+) bytes smem"),
-                "matrix": [],
-                "sass_per_weight": None,
+                **decoding(assemblies[name]),
             }
         )
     return rows
+
+
+def readable(name: str) -> str:
+    """A kernel's name and template arguments from its symbol."""
+    full = subprocess.run(["c++filt", name], capture_output=True, check=True, text=True).stdout
+    return full.partition("(")[0].removeprefix("void ").replace("peft_kernels::", "").strip()
+
+
+def cuda_assemblies(cubin: bytes) -> dict[str, str]:
+    """Symbol -> machine code of a compiled file's kernels."""
+    from peft_kernels.triton_common import aot
+
+    parts = re.split(r"^\.text\.(\S+):", aot.disassembly(cubin), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def decoding(sass: str) -> Row:
+    """What a kernel's longest innermost loop of matrix products costs for each 4-bit weight that a lane loads in it."""
+    names, bodies = assembly(sass)
+    loop = max((body for body in bodies if any(map(_MATRIX.match, body))), key=len, default=[])
+    loads = [int(found[1]) for found in map(_WEIGHT_LOAD.match, loop) if found]
+    weights = sum(loads) / 4
+    words = sum(int(found[1] or 32) / 32 for found in map(_SHARED_LOAD.match, loop) if found)
+    integer = sum(_INTEGER.match(name) is not None for name in loop)
+    return {
+        "matrix": sorted({name.partition(".")[0] for name in names if _MATRIX.match(name)}),
+        "sass_per_weight": round(len(loop) / weights, 3) if weights else None,
+        "integer_per_weight": round(integer / weights, 3) if weights else None,
+        "shared_per_weight": round(words / weights, 3) if weights else None,
+        "wide_loads": loads.count(128),
+    }
 
 
 def all_rows() -> Iterator[Row]:
@@ -169,8 +206,10 @@ def worse(row: Row, before: Row | None) -> list[str]:
     """What got worse than the committed row. No tolerance: the same compiler gives the same figures."""
     if before is None:
         return ["it is not in the table"]
-    pairs = [(what, before[what], row[what]) for what in NOT_MORE]
+    pairs = [(what, before.get(what), row.get(what)) for what in NOT_MORE]
     grown = [f"{what}: {old} -> {new}" for what, old, new in pairs if new is not None and old is not None and new > old]
+    if row.get("wide_loads", 0) < before.get("wide_loads", 0):
+        grown.append(f"16-byte loads: {before['wide_loads']} -> {row['wide_loads']}")
     lost = set(before["matrix"]) - set(row["matrix"])
     return grown + [f"no {instruction} any more" for instruction in sorted(lost)]
 

@@ -114,7 +114,7 @@ def aot() -> None:
     with Progress(*COLUMNS, console=errors, transient=True) as progress:
         for row in progress.track(compiled.all_rows(), description="compiling"):
             rows.append(row)
-            figures = [str(row[what]) if row[what] is not None else "" for what in compiled.NOT_MORE]
+            figures = ["" if row[what] is None else str(row[what]) for what in compiled.NOT_MORE[:4]]
             change = "; ".join(compiled.worse(row, before.get((row["target"], row["launch"]))))
             table.add_row(row["target"], row["launch"], *figures[:3], ", ".join(row["matrix"]), figures[3], change)
     wide_console().print(table)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -38,9 +39,14 @@ class Device:
     lanes: int = 128
 
     @property
+    def clocks(self) -> float:
+        """Multiprocessor-clocks a second."""
+        return self.multiprocessors * self.hertz
+
+    @property
     def issue(self) -> float:
         """Thread-instructions a second."""
-        return self.multiprocessors * self.lanes * self.hertz
+        return self.clocks * self.lanes
 
 
 # Vendors' data sheets. The clock is the one at which the sheet's tensor rate holds.
@@ -88,6 +94,41 @@ def fused(
         tiles * n * k * sass_per_weight / (device.issue * ISSUE),
         (splits > 1) + 2 * (rank > 0),
     )
+
+
+# What a multiprocessor of NVIDIA's does in a clock besides issuing: lanes of integer instructions, which byte permutes
+# are, and words from shared memory without bank conflicts.
+INTEGER_LANES, SHARED_WORDS = 64, 32
+CUDA_TARGETS = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100"}
+
+
+def few_rows(device: Device, m: int, n: int, k: int, row: dict[str, Any]) -> Prediction:
+    """csrc/cuda/linear_4bit.cu, by its row of the ahead-of-time table. Its tensor cores take x in tiles of 8 rows."""
+    clocks = max(
+        row["sass_per_weight"] / device.lanes,
+        row["integer_per_weight"] / INTEGER_LANES,
+        row["shared_per_weight"] / SHARED_WORDS,
+    )
+    nbytes = NESTED_BYTES * n * k + HALF * m * (k + n)
+    return Prediction(
+        nbytes / (device.bandwidth * COPY),
+        2 * 8 * math.ceil(m / 8) * n * k / (device.flops * GEMM),
+        n * k * clocks / (device.clocks * ISSUE),
+        0,
+    )
+
+
+def cuda_row(device: Device, m: int, by_table: bool, path: Path = RESULTS / "aot.json") -> dict[str, Any] | None:
+    """The ahead-of-time row of the kernel that serves m rows of bfloat16 over a nested weight, or None."""
+    target = CUDA_TARGETS.get(device.target)
+    if m > 16 or target is None or not path.exists():
+        return None
+    arguments = (
+        f"__nv_bfloat16, {'128, 1' if m <= 4 else '64, 1' if m <= 8 else '64, 2'}, true, {str(by_table).lower()}"
+    )
+    launch = f"linear_4bit.cu linear_4bit_kernel<{arguments}>"
+    table = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return next((row for row in table if (row["target"], row["launch"]) == (target, launch)), None)
 
 
 def decode(device: Device, n: int, k: int) -> Prediction:
@@ -150,7 +191,7 @@ def measured(device: Device, m: int, n: int, k: int, results: Path = RESULTS) ->
 
 
 # Rows of x, and the launch of the ahead-of-time table whose tile serves them.
-_LAUNCH_ROWS = {1: 1, 16: 1, 32: 32, 64: 64, 128: 256, 256: 256, 512: 256, 2048: None, 8192: None}
+_LAUNCH_ROWS = {1: 1, 4: 1, 16: 1, 32: 32, 64: 64, 128: 256, 256: 256, 512: 256, 2048: None, 8192: None}
 
 
 def rows(device: Device, n: int, k: int, sass: dict[tuple[str, str], float]) -> Iterator[tuple[int, float, float]]:
@@ -166,11 +207,20 @@ def rows(device: Device, n: int, k: int, sass: dict[tuple[str, str], float]) -> 
         yield m, seconds, decode_and_gemm(device, m, n, k)
 
 
+def _cuda_cells(device: Device, m: int, n: int, k: int, floor: float) -> Iterator[str]:
+    for by_table in (True, False):
+        row = cuda_row(device, m, by_table)
+        seconds = few_rows(device, m, n, k, row).seconds if row else math.nan
+        yield f"{seconds * 1e6:.1f}" if row else "-"
+        yield f"{floor / seconds:.0%}" if row else ""
+
+
 def main() -> None:
     """Print the predictions, and the measurements where there are any."""
     sass, (n, k) = sass_table(), SETS["llama-3.1-8b"]["gate, up"]
     table = Table(title=f"predicted microseconds, NF4 {n}x{k}, bf16; measured where a visit left results")
-    for column in ("device", "M", "fused", "of copy bandwidth", "decode + GEMM", "measured"):
+    cuda = ("CUDA C++, by table", "of copy bandwidth", "by permutes", "of copy bandwidth")
+    for column in ("device", "M", "Triton", "of copy bandwidth", *cuda, "decode + GEMM", "measured"):
         table.add_column(column, justify="right")
     for device in DEVICES:
         floor = NESTED_BYTES * n * k / (device.bandwidth * COPY)
@@ -178,7 +228,13 @@ def main() -> None:
             real = measured(device, m, n, k)
             share = f"{floor / seconds:.0%}" if m <= 16 and not math.isnan(seconds) else ""
             shown = "-" if math.isnan(seconds) else f"{seconds * 1e6:.1f}"
-            cells = (shown, share, f"{vendor * 1e6:.1f}", "-" if real is None else f"{real * 1e6:.1f}")
+            cells = (
+                shown,
+                share,
+                *_cuda_cells(device, m, n, k, floor),
+                f"{vendor * 1e6:.1f}",
+                "-" if real is None else f"{real * 1e6:.1f}",
+            )
             table.add_row(device.name, str(m), *cells)
     Console().print(table)
     if not sass:

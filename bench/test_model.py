@@ -51,6 +51,29 @@ def test_cross_over_on_h100():
         assert (model.fused(H100, m, N, K, 6.8, block_m=128).seconds < model.decode_and_gemm(H100, m, N, K)) == wins
 
 
+def test_few_rows_wait_for_the_slowest_unit(tmp_path):
+    """Integer units are half as wide as the issue, shared memory a quarter."""
+    cheap = {"sass_per_weight": 1.0, "integer_per_weight": 0.5, "shared_per_weight": 0.25}
+    issue = model.few_rows(H100, 1, N, K, cheap).issue
+    assert issue * H100.issue * model.ISSUE == pytest.approx(N * K)
+    for unit in cheap:
+        assert model.few_rows(H100, 1, N, K, cheap | {unit: 2 * cheap[unit]}).issue == pytest.approx(2 * issue)
+    assert model.few_rows(H100, 1, N, K, cheap).seconds == model.few_rows(H100, 1, N, K, cheap).memory
+    assert model.few_rows(H100, 16, N, K, cheap).tensor == 2 * model.few_rows(H100, 8, N, K, cheap).tensor
+    launch = "linear_4bit.cu linear_4bit_kernel<__nv_bfloat16, 64, 2, true, false>"
+    (tmp_path / "aot.json").write_text(json.dumps({"rows": [{"target": "sm_90a", "launch": launch}]}))
+    assert model.cuda_row(H100, 16, False, tmp_path / "aot.json")
+    assert model.cuda_row(H100, 16, True, tmp_path / "aot.json") is None
+    assert model.cuda_row(H100, 17, False, tmp_path / "aot.json") is None
+
+
+@pytest.mark.parametrize("m", [1, 4, 16])
+def test_decode_bar_on_h100_is_predicted(m):
+    """70 % of copy bandwidth, by the committed ahead-of-time table."""
+    floor = model.NESTED_BYTES * N * K / (H100.bandwidth * model.COPY)
+    assert floor / model.few_rows(H100, m, N, K, model.cuda_row(H100, m, by_table=True)).seconds >= 0.7
+
+
 def test_panels_of_l2_size():
     """They lose at M = 8192 on H100 in part-filled waves, and equal the whole decode when they are the whole weight."""
     whole = model.decode_and_gemm(H100, 8192, N, K)

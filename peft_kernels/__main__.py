@@ -39,6 +39,7 @@ def report() -> str:
     rows["cpu"] = f"{platform.machine()}, {torch.get_num_threads()} threads" + (f", {core.isa()}" if core else "")
     if torch.cuda.is_available():
         rows["gpu"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        rows["CUDA C++"] = native.why_not_cuda(torch.device("cuda", 0), ()) or "usable"
     rows |= {f"backend {name}": why or "usable" for name, why in pk.backends().items()}
     rows |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
     width = max(map(len, rows))

@@ -1,9 +1,10 @@
 """Which implementation of an operation runs, and why the others were passed over.
 
-Each operation has up to three implementations: `native` (the C++ core, on the CPU), `triton` (on a GPU) and
-`reference` (pure torch, anywhere). Every native or triton implementation is a module with `why_not(device, dtypes)`,
-which says in a sentence why it cannot serve such tensors, or None if it can; any shape must be served. `auto` takes the
-first that can, in the order below.
+Each operation has up to three implementations: `native` (the C++ core, on the CPU and, for few operations, in CUDA
+C++), `triton` (on a GPU) and `reference` (pure torch, anywhere). Every native or triton implementation is a module with
+`why_not(device, dtypes)`, which says in a sentence why it cannot serve such tensors, or None if it can; any shape must
+be served, or refused with a `BackendError` that names the remedy. `auto` takes the first that can, in the order below;
+a module may ask it to pass on with `why_not_unasked(device)`.
 """
 
 from __future__ import annotations
@@ -103,6 +104,14 @@ def why_not(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dty
     return module.why_not(device, dtypes)
 
 
+def why_not_unasked(op: str, backend: str, device: torch.device) -> str | None:
+    """Why `auto` passes over a backend that could run, or None."""
+    if backend == "reference":
+        return None
+    module = implementation(op, backend)
+    return module.why_not_unasked(device) if hasattr(module, "why_not_unasked") else None
+
+
 def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     """The name of the backend that runs `op` for tensors of these dtypes on this device."""
     chosen, passed_over = _found(op, _requested, device, dtypes)
@@ -132,6 +141,8 @@ def _search(op: str, requested: str, device: torch.device, dtypes: tuple[torch.d
     passed_over: list[tuple[str, str]] = []
     for backend in BACKENDS if requested == "auto" else (requested,):
         reason = why_not(op, backend, device, dtypes)
+        if reason is None and requested == "auto":
+            reason = why_not_unasked(op, backend, device)
         if reason is None:
             break
         passed_over.append((backend, reason))

@@ -1,7 +1,8 @@
-"""Loads the native core `peft_kernels._native`, and remembers why it could not."""
+"""Loads the native core `peft_kernels._native` and its CUDA kernels, and remembers why it could not."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -11,6 +12,7 @@ _REMEDY = (
     "install a C++17 compiler and reinstall with PEFT_KERNELS_BUILD=cpu "
     "(in a checkout: `PEFT_KERNELS_BUILD=cpu python setup.py build_ext --inplace`)"
 )
+_CUDA_REMEDY = "install nvcc, then reinstall with PEFT_KERNELS_BUILD=cuda"
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/cpu/dtype.h
 
 _module: ModuleType | None = None
@@ -51,6 +53,55 @@ def why_not_tensors(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> st
         if dtype not in _DTYPE_CODES:
             return f"it computes in bfloat16, float16 and float32, not {dtype}"
     return why_not()
+
+
+@functools.cache
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    """(the CUDA kernels, None) or (None, why there are none); importing them needs no driver."""
+    if load() is None:
+        return None, _reason
+    try:
+        return importlib.import_module("peft_kernels._native_cuda"), None
+    except ImportError as error:
+        return None, f"its CUDA kernels could not be imported ({error}); {_CUDA_REMEDY}"
+
+
+def cuda_core() -> ModuleType:
+    """The CUDA kernels, for callers whose backend was chosen: `why_not_cuda` is None."""
+    module, reason = _load_cuda()
+    assert module is not None, reason
+    return module
+
+
+def why_not_cuda(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the CUDA kernels cannot compute with an x of the first of these dtypes, or None."""
+    if dtypes and dtypes[0] not in (torch.float16, torch.bfloat16):
+        return f"its CUDA kernels take bfloat16 and float16, not {dtypes[0]}"
+    for dtype in dtypes:
+        if dtype not in _DTYPE_CODES:
+            return f"it computes in bfloat16, float16 and float32, not {dtype}"
+    module, reason = _load_cuda()
+    if module is None:
+        return reason
+    reason = module.device_unsupported(device.index or 0)
+    return (
+        f"its CUDA kernels do not run on {device} ({reason}); PEFT_KERNELS_CUDA_ARCHS chooses at build time"
+        if reason
+        else None
+    )
+
+
+def why_not_unasked(device: torch.device) -> str | None:
+    """Why kernels that could run are left to those who ask for them by name, or None."""
+    if device.type != "cuda":
+        return None
+    return 'its CUDA kernels have not been measured on any device: use_backend("native") asks for them'
+
+
+def cuda_place(device: torch.device) -> tuple[int, int]:
+    """(device number, the current stream's handle)."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
 
 
 def dtype_code(dtype: torch.dtype) -> int:

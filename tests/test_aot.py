@@ -98,10 +98,39 @@ def test_cuda_file(source, target):
             assert not worse, f"{row['launch']} on {target}: {worse}; if it must be, `python -m bench aot`"
 
 
+# (by table, rows of x up to which a kernel serves) -> instructions for each weight in the main loop: of all kinds, and
+# of those that the half-as-wide integer units execute.
+CUDA_LIMITS = {
+    ("true", 4): (3.2, 1.6),
+    ("true", 8): (3.4, 1.6),
+    ("true", 16): (3.8, 1.6),
+    ("false", 4): (4.1, 3.3),
+    ("false", 8): (4.8, 3.3),
+    ("false", 16): (5.1, 3.3),
+}
+CUDA_KERNELS = {4: "128, 1", 8: "64, 1", 16: "64, 2"}
+
+
+@pytest.mark.parametrize("target", gate.CUDA_TARGETS)
+@pytest.mark.parametrize("by_table, rows", CUDA_LIMITS)
+def test_few_instructions_a_weight_in_cuda(target, by_table, rows):
+    """The gate of the decode kernel, on the committed table, which `test_cuda_file` holds the compiler to."""
+    for dtype in ("__nv_bfloat16", "__half"):
+        for nested in ("true", "false"):
+            arguments = f"{dtype}, {CUDA_KERNELS[rows]}, {nested}, {by_table}"
+            row = COMMITTED["rows"][target, f"linear_4bit.cu linear_4bit_kernel<{arguments}>"]
+            figures = row["sass_per_weight"], row["integer_per_weight"]
+            assert all(figure <= limit for figure, limit in zip(figures, CUDA_LIMITS[by_table, rows], strict=True))
+            assert row["matrix"] == ["HMMA"] and row["wide_loads"] == (8 if rows == 4 else 0)
+            assert row["registers"] <= (128 if rows <= 8 else 255), "two blocks must fit onto a multiprocessor"
+
+
 def test_a_worse_row_is_caught():
     before = {"registers": 64, "spills": 0, "shared": 1024, "matrix": ["mma.sync"], "sass_per_weight": 7.5}
     assert gate.worse(before, before) == []
-    for change in ({"registers": 65}, {"spills": 4}, {"shared": 2048}, {"sass_per_weight": 7.6}, {"matrix": []}):
+    before |= {"integer_per_weight": 3.0, "shared_per_weight": 1.0, "wide_loads": 8}
+    changes = [{"registers": 65}, {"spills": 4}, {"shared": 2048}, {"sass_per_weight": 7.6}, {"matrix": []}]
+    for change in (*changes, {"integer_per_weight": 3.1}, {"shared_per_weight": 1.1}, {"wide_loads": 4}):
         assert len(gate.worse(before | change, before)) == 1
     assert gate.worse(before, None) == ["it is not in the table"]
 
@@ -113,6 +142,17 @@ def test_main_loop_is_counted():
     tile = {"packed_ptr": None, "BLOCK_N": 128, "BLOCK_K": 64}
     assert gate.sass_per_weight("\n".join(loop + other), tile, 4) == 64 / 64
     assert gate.sass_per_weight("\n".join(other), tile, 4) is None
+
+
+def test_cuda_loop_is_counted():
+    loop = [".L_x_1:", "/*0010*/ LDG.E.EF.128 R4, [R2] ;", "/*0020*/ LDG.E.U8 R1, [R2] ;"]
+    loop += ["/*0030*/ PRMT R1, R2, R3, R4 ;"] * 60
+    loop += ["/*0390*/ LDS.128 R4, [R2] ;", "/*0394*/ LDS R4, [R2] ;"]
+    loop += ["/*0400*/ HMMA.16816.F32.BF16 R4, R8, R2, R4 ;", "/*0410*/ @P0 BRA `(.L_x_1) ;"]
+    expected = {"matrix": ["HMMA"], "sass_per_weight": 2.062, "integer_per_weight": 1.875}
+    expected |= {"shared_per_weight": 0.156, "wide_loads": 1}
+    assert gate.decoding("\n".join(loop)) == expected
+    assert gate.decoding("/*0010*/ LDG.E R1, [R2] ;")["sass_per_weight"] is None
 
 
 def test_cuda_rows(tmp_path):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import peft_kernels as pk
+from peft_kernels import native
+from peft_kernels.ops.linear_4bit import cuda_calls
 
 from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Result, Work, checked, dtype_name
 from ..inputs import fresh, nf4_bytes, nf4_weight, replaced, unchanged
@@ -19,6 +21,7 @@ from ..shapes import Layer
 from ..timing import copies_beyond_cache
 
 CPU_GOALS = {1: 2.5, 4: 2.0, 16: 1.6, 64: 1.3, 256: 1.3, 1024: 1.3}  # rows -> peer time / our time, 2 cores
+CUDA, PERMUTES = "ours, CUDA C++", "ours, CUDA C++ by permutes"
 GPU_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 
 
@@ -64,6 +67,16 @@ def inference(options: Options, m: int, n: int, k: int) -> Work:
     def function(weight: pk.Weight4bit) -> Call:
         return lambda: without_grad(lambda x: pk.functional.linear_4bit(x, weight))
 
+    def cuda(weight: pk.Weight4bit) -> Call:
+        def call() -> Result:
+            with pk.use_backend("native"):
+                return without_grad(lambda x: pk.functional.linear_4bit(x, weight))
+
+        return call
+
+    def permutes(weight: pk.Weight4bit) -> Call:
+        return lambda: without_grad(lambda x: cuda_calls.forward(x, weight, None, by_table=False))
+
     def floor() -> list[Call]:
         dense_weights = [weight.dequantize() for _ in range(copies)]
         return [functools.partial(F.linear, x, w) for w in dense_weights]
@@ -73,6 +86,10 @@ def inference(options: Options, m: int, n: int, k: int) -> Work:
     )
     work.add(OURS, "ours", lambda: modules(replaced), bnb.why_not())
     work.add(FUNCTIONAL, "ours", lambda: [function(fresh(weight)) for _ in range(copies)])
+    if options.device.type == "cuda" and m <= cuda_calls.MOST_ROWS:
+        absent = native.why_not_cuda(options.device, (options.dtype,))
+        for name, call in ((CUDA, cuda), (PERMUTES, permutes)):
+            work.add(name, "ours", partial(lambda call: [call(fresh(weight)) for _ in range(copies)], call), absent)
     work.add(bnb.NAME, "peer", lambda: modules(unchanged), bnb.why_not())
     work.add(dense.NAME, "floor", floor)
     if copies > 1:

@@ -151,7 +151,12 @@ def _tool(name: str, flag: str, cubin: bytes) -> str:
 
 def sass(report: Report) -> str:
     """The machine code of a kernel compiled for NVIDIA."""
-    return _tool("nvdisasm", "-c", report.binary)
+    return disassembly(report.binary)
+
+
+def disassembly(cubin: bytes) -> str:
+    """The machine code of all kernels of an NVIDIA object."""
+    return _tool("nvdisasm", "-c", cubin)
 
 
 def row(case: Case, machine: Machine, report: Report) -> str:

@@ -1,4 +1,7 @@
-"""`linear_4bit` on the native core: the fused kernels where they win, else decode to scratch and vendor GEMM."""
+"""`linear_4bit` on the native core: the fused kernels where they win, else decode to scratch and vendor GEMM.
+
+On a CUDA device: see cuda_calls.py.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,19 @@ import torch.nn.functional as F
 from ... import native
 from ...weight4bit import Weight4bit
 from ..nf4.native_calls import dequantize, native_weight
+from . import cuda_calls
 
 # What the fused kernels add to their result before the one rounding: (left, right, scaling) and so on; see csrc.
 Term = tuple
 
 _scratch = threading.local()
 
+why_not_unasked = native.why_not_unasked
+
 
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why the native core cannot serve such tensors."""
-    return native.why_not_tensors(device, dtypes)
+    return (native.why_not_cuda if device.type == "cuda" else native.why_not_tensors)(device, dtypes)
 
 
 def fused_forward(m: int, dtype: torch.dtype, weight: Weight4bit) -> bool:
@@ -37,6 +43,8 @@ def fused_backward(m: int, dtype: torch.dtype, weight: Weight4bit) -> bool:
 
 def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> torch.Tensor:
     """x (M, K), M >= 1 -> (M, N)."""
+    if x.is_cuda:
+        return cuda_calls.forward(x, weight, bias)
     if fused_forward(x.shape[0], x.dtype, weight):
         return forward_fused(x, weight, bias, [])
     return F.linear(x, decode(weight, x.dtype), None if bias is None else bias.to(x.dtype))
@@ -44,6 +52,8 @@ def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> t
 
 def backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
     """dy (M, N) -> dx (M, K)."""
+    if dy.is_cuda:
+        raise cuda_calls.refusal("a backward pass")
     if fused_backward(dy.shape[0], dy.dtype, weight):
         return backward_fused(dy, weight, [])
     return dy @ decode(weight, dy.dtype)

@@ -9,13 +9,17 @@ import torch.nn.functional as F
 
 from ... import native
 from ...weight4bit import Weight4bit
+from ..linear_4bit import cuda_calls
 from ..linear_4bit import native_calls as base
 from ..linear_4bit.native_calls import row_major
 
 
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why the native core cannot serve such tensors."""
-    return native.why_not_tensors(device, dtypes)
+    return base.why_not(device, dtypes)
+
+
+why_not_unasked = native.why_not_unasked
 
 
 def forward(
@@ -29,6 +33,8 @@ def forward(
     seeds: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (M, K) -> y (M, N), S (M, sum r) float32."""
+    if x.is_cuda:
+        return _forward_cuda(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
     x = row_major(x)
     m, ranks = x.shape[0], [a.shape[0] for a in lora_A]
     s = torch.empty((m, sum(ranks)), dtype=torch.float32)
@@ -52,6 +58,28 @@ def forward(
     return y, s
 
 
+def _forward_cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor | Weight4bit,
+    bias: torch.Tensor | None,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in CUDA C++; several adapters are one, side by side."""
+    if any(dropout_p) or not isinstance(weight, Weight4bit):
+        raise cuda_calls.refusal("dropout" if any(dropout_p) else "a dense one")
+    cuda_calls.checked_weight(weight)
+    parts = [cuda_calls.shrink(x, a) for a in lora_A]
+    if len(parts) == 1:
+        s, right, scale = parts[0], lora_B[0], scaling[0]
+    else:
+        scaled = [b.float() * s_i for b, s_i in zip(lora_B, scaling, strict=True)]
+        s, right, scale = torch.cat(parts, dim=1), torch.cat(scaled, dim=1), 1.0
+    return cuda_calls.forward(x, weight, bias, (s, right, scale)), s
+
+
 def backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
@@ -67,6 +95,8 @@ def backward(
     need_dB: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]:
     """dy (M, N) -> dx (M, K) or None, dA and dB in their parameters' dtypes (empty where not needed)."""
+    if dy.is_cuda:
+        raise cuda_calls.refusal("a backward pass")
     dy = row_major(dy)
     ranks = [a.shape[0] for a in lora_A]
     s, seed_list = s.contiguous(), _seeds(seeds, ranks)
