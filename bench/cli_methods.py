@@ -98,16 +98,18 @@ def tune_dispatch(
     if op not in tune.OPS:
         raise typer.BadParameter(f"unknown operation {op}; choose from {', '.join(tune.OPS)}")
     chosen = options(shapes, quick, device, dtype)
+    if reason := tune.why_not(op, chosen.device):
+        raise typer.BadParameter(reason)
     plan = Plan((timing.QUICK if quick else timing.FULL).lasting(seconds), chosen.device)
-    *_, result = run_group(f"tune_{op}", list(tune.cases(op, chosen)), plan, quick)
-    write(result, (out or default_folder(chosen)) / f"tune_{op}.json")
-    where = environment.name(result["device"])
-    table = Table("case", "pass", tune.FUSED, tune.DECODE, "winner", title=f"{op} on {where}")
+    for result in run_group(f"tune_{op}", list(tune.cases(op, chosen)), plan, quick):
+        write(result, (out or default_folder(chosen)) / f"tune_{op}.json")
+    where, ways = environment.name(result["device"]), tune.OPS[op].ways
+    table = Table("case", "pass", *ways, "winner", title=f"{op} on {where}")
     for record in result["cases"]:
         for phase in tune.PHASES:
             found = tune.times(record, phase)
-            cells = [tables.duration(found[way]) if way in found else "-" for way in (tune.FUSED, tune.DECODE)]
+            cells = [tables.duration(found[way]) if way in found else "-" for way in ways]
             table.add_row(record["case"], phase, *cells, min(found, key=found.get) if found else "neither passed")
     wide_console().print(table)
-    print(f"# {where}, {dtype}, {result['date'][:10]}: the most rows that fused serves")
-    print("\n".join(tune.named_rows(result["cases"])))
+    print(f"# {where}, {dtype}, {result['date'][:10]}: up to which {tune.OPS[op].size} {ways[0]} wins")
+    print("\n".join(tune.named_rows(op, result["cases"])))

@@ -18,7 +18,7 @@ from peft_kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "unsloth", "liger_kernel", "numpy")
+PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "unsloth", "liger_kernel", "adapters", "numpy")
 FLAGS = ("avx2", "avx512f", "avx512bw", "avx512vbmi", "avx512_bf16", "avx512_vnni", "amx_bf16")
 
 

@@ -23,12 +23,16 @@ read -r -a groups <<<"${CASES:-lora_linear linear_4bit prompt_attention bottlene
 where=(--device cuda)
 effort=(--shapes llama-3.1-8b --no-compiled --seconds 1.5)
 tests=(tests)
+tuned=(--shapes square-4096 --seconds 0.5)
+methods=(--model llama-3.2-1b --seconds 1)
 if [ -n "${DRY_RUN:-}" ]; then
   export TRITON_INTERPRET=1 PEFT_KERNELS_BACKEND=triton
   read -r -a groups <<<"${CASES:-linear_4bit/*M=16 codec}"
   where=(--device cpu --dtype float16 --quick)
   effort=(--seconds 0.01)
   tests=(tests/test_triton_nf4.py)
+  tuned=(--seconds 0.01)
+  methods=(--model tiny --only BitFit --batch 1 --sequence 8 --seconds 0.01)
 fi
 
 # step NAME LIMIT COMMAND...: run for at most LIMIT seconds and no longer than the visit; keep the log.
@@ -80,6 +84,8 @@ if [ -z "${DRY_RUN:-}" ]; then # a case of each size of M, against the same peer
   step bench-compiled 240 "$python" -m bench run "lora_linear/*q, o*float32*" "${where[@]}" --shapes llama-3.1-8b \
     --peers compiled --seconds 1.5 --out "$visit/compiled"
 fi
+step tune 120 "$python" -m bench tune linear_4bit "${where[@]}" "${tuned[@]}" --out "$visit/results"
+step methods 180 "$python" -m bench methods "${where[@]}" "${methods[@]}" --out "$visit/results"
 
 if ! compgen -G "peft_kernels/_native_cuda*.so" >/dev/null; then
   skip sanitizer "the CUDA kernels were not built"

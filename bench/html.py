@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from . import plots, tables
+from . import method_pick, plots, tables
 from .profile import results
 
 RATIOS = "Time of each contender over ours"
@@ -24,20 +25,30 @@ def image(draw: Any, result: dict[str, Any]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def group(result: dict[str, Any]) -> dict[str, Any]:
+    """The section of a group of cases."""
+    images = {RATIOS: image(plots.ratios, result)}
+    if plots.has_roofline(result):
+        images[ROOFLINE] = image(plots.roofline, result)
+    notes = dict.fromkeys(note for case in result["cases"] for note in case["notes"])
+    texts = {"absent": tables.absent(result), "notes": notes, "goals": goals(result)}
+    return {**section(result, tables.table(result)), **texts, "images": images}
+
+
+def section(result: dict[str, Any], table: list[list[str]]) -> dict[str, Any]:
+    """A table under the facts that belong to it."""
+    header, *rows = table
+    names = {"name": result["group"], "facts": tables.facts(result), "header": header, "rows": rows}
+    return {**names, "absent": "", "notes": (), "goals": "", "images": {}}
+
+
 def page(folder: Path) -> str:
     """The page; every plot is embedded."""
-    groups = []
-    for result in results(folder):
-        header, *rows = tables.table(result)
-        images = {"Time of each contender over ours": image(plots.ratios, result)}
-        if plots.has_roofline(result):
-            images["Reached rate against arithmetic intensity, under the measured ceilings"] = image(
-                plots.roofline, result
-            )
-        facts, absent = tables.facts(result), tables.absent(result)
-        notes = dict.fromkeys(note for case in result["cases"] for note in case["notes"])
-        names = {"name": result["group"], "facts": facts, "absent": absent, "notes": notes}
-        groups.append(names | {"header": header, "rows": rows, "images": images, "goals": goals(result)})
+    groups = [group(result) for result in results(folder)]
+    methods = folder / "methods.json"
+    if methods.exists():
+        result = json.loads(methods.read_text(encoding="utf-8"))
+        groups.append(section(result, method_pick.table(result)) | {"notes": method_pick.picks(result)})
     if not groups:
         raise FileNotFoundError(f"{folder}: no results; `python -m bench run` writes some")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

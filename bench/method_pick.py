@@ -9,8 +9,8 @@ from . import tables
 
 Row = dict[str, Any]
 HEADER = [
-    "method", "way", "trained", "adapter file", "training step", "model + step memory", "inference", "merges",
-    "after merging",
+    "method", "way", "trained", "adapter file", "training step (p20 - p80)", "training memory",
+    "inference (p20 - p80), over base", "merges", "after merging",
 ]  # fmt: skip
 
 
@@ -26,11 +26,13 @@ class Limits:
 def pick(rows: list[Row], limits: Limits) -> Row | None:
     """The row to take within the limits, or None.
 
-    Quality is not measured here. Of the rows within the limits the one that trains the most parameters is taken, which
-    is the room that a method has to fit a task; the faster step decides between equals.
+    Quality is not measured here; how many parameters a method trains is the room that it has to fit a task. Of the rows
+    within the limits that train at least half as many as the one that trains the most, the fastest to train is taken.
     """
     fitting = [row for row in rows if "why_not" not in row and within(row, limits)]
-    return max(fitting, key=lambda row: (row["trainable"], -row["step_seconds"]["p50"]), default=None)
+    most = max((row["trainable"] for row in fitting), default=0)
+    roomy = [row for row in fitting if 2 * row["trainable"] >= most]
+    return min(roomy, key=lambda row: row["step_seconds"]["p50"], default=None)
 
 
 def within(row: Row, limits: Limits) -> bool:
@@ -44,28 +46,25 @@ def within(row: Row, limits: Limits) -> bool:
 
 
 def memory_bytes(row: Row) -> int:
-    """The model and what a training step takes beyond it."""
-    return row["model_bytes"] + (row["step_peak_bytes"] or 0)
+    """The model, the optimizer's state, and what a training step takes beyond them."""
+    return row["model_bytes"] + row["optimizer_bytes"] + (row["step_peak_bytes"] or 0)
 
 
 def cells(row: Row) -> list[str]:
     """A row of the table."""
     if "why_not" in row:
         return [row["method"], row["way"], row["why_not"], *[""] * (len(HEADER) - 3)]
-    step, merge = row["step_seconds"], row["merge"]
-    left = (
-        f"{merge['overhead']:+.0%}, {merge['parameters']:,} parameters, error {merge['error']:.1e}"
-        if merge["merges"]
-        else ""
-    )
+    merge = row["merge"]
+    left = f"{merge['overhead']:+.0%}, {merge['parameters']:,} parameters more, " if merge["merges"] else ""
+    left += f"logits off by {merge['error']:.1%} (before: {merge['rounding']:.1%})" if merge["merges"] else ""
     return [
         row["method"],
         row["way"],
         f"{row['trainable']:,}",
         tables.size(row["adapter_bytes"]),
-        tables.duration(step["p50"]),
+        tables.spread(row["step_seconds"]),
         tables.size(memory_bytes(row)),
-        f"{row['overhead']['p50']:+.0%}",
+        f"{tables.spread(row['inference_seconds'])}, {row['overhead']['p50']:+.0%}",
         "yes" if merge["merges"] else "no",
         left,
     ]
@@ -90,13 +89,20 @@ def advice(result: dict[str, Any], limits: Limits) -> str:
     return f"{describe(limits)}: " + (f"{row['method']}, {row['way']}" if row else "no measured row keeps to it")
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table for the README, with picks for some limits made from its own figures."""
+def picks(result: dict[str, Any]) -> list[str]:
+    """The setting, the rule, and the picks for some limits, made from the table's own figures."""
     setting = result["setting"]
     over = f"{setting['model']}, {setting['batch']} x {setting['sequence']} tokens, {setting['dtype']}."
-    picks = "\n".join(f"- {advice(result, limits)}" for limits in examples(result["rows"]))
-    rule = "Of the rows within the limits, the one that trains the most parameters (quality is not measured here):"
-    return "\n\n".join((tables.facts(result), over, tables.markdown_table(table(result)), rule, picks))
+    rule = "Of the rows within the limits that train at least half as many parameters as the one that trains the most, "
+    rule += "the fastest to train (quality is not measured here):"
+    return [over, rule, *(advice(result, limits) for limits in examples(result["rows"]))]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table for the README."""
+    over, rule, *found = picks(result)
+    lines = "\n".join(f"- {pick}" for pick in found)
+    return "\n\n".join((tables.facts(result), over, tables.markdown_table(table(result)), rule, lines))
 
 
 def examples(rows: list[Row]) -> list[Limits]:

@@ -19,6 +19,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / scale:.3g} {unit}"
 
 
+def spread(times: dict[str, float]) -> str:
+    """p50 (p20 - p80)."""
+    return f"{duration(times['p50'])} ({duration(times['p20'])} - {duration(times['p80'])})"
+
+
 def size(nbytes: int | None) -> str:
     """In MiB; empty when unknown."""
     return "" if nbytes is None else f"{nbytes / 2**20:.3g} MiB" if nbytes < 1000 << 20 else f"{nbytes >> 20} MiB"
@@ -27,7 +32,7 @@ def size(nbytes: int | None) -> str:
 def row_cells(row: dict[str, Any], floor: float | None) -> list[str]:
     """The cells of a contender, between its case and the goals."""
     time, times, phases = row.get("seconds"), row.get("time_over_ours"), row.get("phases", {})
-    spent = f"{duration(time['p50'])} ({duration(time['p20'])} - {duration(time['p80'])})" if time else "-"
+    spent = spread(time) if time else "-"
     apart = [duration(phases[name]["p50"]) if name in phases else "" for name in ("forward", "backward")]
     check = row["check"] if row["check"] != "failed" else f"failed: {row['why']}"
     peak = size(row.get("peak_memory_bytes"))

@@ -1,16 +1,19 @@
 """The instrument itself: it writes what it promises, refuses wrong results, and the README agrees with the JSON."""
 
+import importlib
 import itertools
 import json
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from bench import environment, memory, run, smollm2, timing
+from bench import environment, memory, peers, run, smollm2, timing
 from bench.case import OURS, Case, Contender, Goal, Options, Training, Work
-from bench.cases import GROUPS
+from bench.cases import GROUPS, bottleneck_adapter, scaled_linear
+from bench.cases import smollm2 as model_step
 
 FAST = run.Plan(timing.Effort(seconds=0.05, sample=1e-5, min_rounds=3, max_rounds=3))
 QUICK = [case for group in GROUPS if group != "smollm2_step" for case in GROUPS[group](Options(quick=True))]
@@ -120,6 +123,33 @@ def test_absent_peers_are_reported():
         "peer": "not installed: bitsandbytes",
         "broken": "ZeroDivisionError: division by zero",
     }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(bottleneck_adapter, 16, 64, 8, True), (scaled_linear, "bitfit", 16, 64, 128)],
+    ids=["bottleneck", "bitfit"],
+)
+def test_compiled_peers(case):
+    """They are left out of the quick cases; forward and backward alone, too."""
+    group, *sizes = case
+    work = group.train(Options(), *sizes)
+    work.make(lambda name: name.endswith("compiled"))
+    reasons = [reason for reason in work.absent.values() if "not installed" not in reason]
+    assert not reasons
+    for name in work.contenders:
+        work.check(name)
+        for calls in work.contenders[name].phases.values():
+            for _ in range(2):
+                calls[0]()
+
+
+def test_every_peer_is_entered_somewhere():
+    """So that it competes where its package is, and is reported absent where it is not."""
+    files = {module.name for module in pkgutil.iter_modules(peers.__path__)}
+    names = {importlib.import_module(f"bench.peers.{file}").NAME for file in files}
+    entered = set(model_step.MODELS).union(*(case.work()._makers for case in QUICK))
+    assert names <= entered, names - entered
 
 
 def test_device_clock_flushes_before_each_call(monkeypatch):

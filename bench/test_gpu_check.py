@@ -10,7 +10,7 @@ import pytest
 
 from bench.environment import ROOT
 
-STEPS = ("environment", "ceilings", "build", "tests", "bench-codec", "profile", "report")
+STEPS = ("environment", "ceilings", "build", "tests", "bench-codec", "tune", "methods", "profile", "report")
 
 
 def visit(out, **environment):
@@ -29,7 +29,13 @@ def test_dry_run_takes_every_step(tmp_path):
     pytest.importorskip("triton")
     summary, statuses, files = visit(tmp_path / "out", DRY_RUN="1", PYTHON=sys.executable, CASES="codec/dequantize*")
     assert statuses == dict.fromkeys(STEPS, 0), summary
-    assert {"./ceilings.json", "./results/codec.json", "./results/report.html", "./profile.log"} <= set(files)
+    assert {
+        "./ceilings.json",
+        "./results/codec.json",
+        "./results/methods.json",
+        "./results/report.html",
+        "./profile.log",
+    } <= set(files)
     assert len(list((tmp_path / "out").iterdir())) == 2  # a device machine hands few files back
 
 

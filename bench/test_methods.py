@@ -7,11 +7,11 @@ import psutil
 import pytest
 import torch
 
-from bench import method_pick, method_table, timing, tune
+from bench import method_pick, method_table, methods, timing, tune
 from bench.case import FUNCTIONAL, Options, Training
 from bench.cases import linear_4bit
 from bench.method_pick import Limits
-from bench.methods import METHODS, TINY
+from bench.methods import METHODS, TINY, trained
 from bench.peers import dense
 from bench.test_bench import bench
 
@@ -19,10 +19,13 @@ FAST = timing.Effort(seconds=0.02, sample=1e-5, min_rounds=3, max_rounds=3)
 SETTING = method_table.Setting(TINY, timing.CPU, torch.float32, FAST, batch=1, sequence=8)
 
 
+MEASURED = ("LoRA", "QLoRA", "Bottleneck adapters", "BitFit", "Prompt tuning", "LLaMA-Adapter V2")
+
+
 @pytest.fixture(scope="module")
 def rows():
     pytest.importorskip("peft")
-    wanted = tuple(method for method in METHODS if method.name in ("LoRA", "DoRA", "BitFit", "Prompt tuning"))
+    wanted = tuple(method for method in METHODS if method.name in MEASURED)
     return {(row["method"], row["way"]): row for row in method_table.rows(SETTING, wanted)}
 
 
@@ -33,11 +36,48 @@ def test_rows_are_measured(rows):
     assert fused["step_seconds"]["p50"] > 0 and fused["layers"]["replaced"] == 14  # 2 blocks of 7 linear layers
 
 
+def test_every_measured_method_is_fused(rows):
+    reasons = {
+        key: row["why_not"] for key, row in rows.items() if "why_not" in row and "not installed" not in row["why_not"]
+    }
+    assert not reasons
+    adapters = rows["Bottleneck adapters", "fused"]
+    assert adapters["layers"]["replaced"] == 4 and adapters["trainable"] == 4 * (2 * 64 * 4 + 64 + 4)
+
+
 def test_what_is_left_after_merging(rows):
     merged = rows["LoRA", "unfused"]["merge"]
     assert merged["merges"] and merged["parameters"] == 0 and merged["error"] < 1e-5
     assert rows["BitFit", "unfused"]["merge"]["parameters"] == rows["BitFit", "unfused"]["trainable"]  # its biases
-    assert not rows["Prompt tuning", "unfused"]["merge"]["merges"]
+    for name in ("Bottleneck adapters", "Prompt tuning", "LLaMA-Adapter V2"):
+        assert not rows[name, "fused"]["merge"]["merges"]
+
+
+def test_merging_into_4_bits_loses_accuracy(rows):
+    if "why_not" in rows["QLoRA", "unfused"]:
+        pytest.skip(rows["QLoRA", "unfused"]["why_not"])
+    for way in ("unfused", "fused"):
+        merged = rows["QLoRA", way]["merge"]
+        assert merged["rounding"] < 1e-4 < 1e-3 < merged["error"]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_methods_that_do_not_merge(method):
+    """Those are the ones that PEFT has no merge for either."""
+    if reason := method.why_not():
+        pytest.skip(reason)
+    model = trained(method, method_table.fresh(method, SETTING))
+    if method.merge is None:
+        assert not hasattr(model, "merge_and_unload")
+    else:
+        assert hasattr(model, "merge_and_unload") == hasattr(model, "peft_config")
+
+
+def test_error_is_that_of_most_tokens():
+    truth = torch.randn(1, 9, 32, dtype=torch.float64)
+    actual = truth * 1.01
+    actual[0, 4] += 100
+    assert method_table.error(actual, truth) == pytest.approx(0.01)
 
 
 def test_a_failing_method_is_a_row():
@@ -51,27 +91,28 @@ def test_a_failing_method_is_a_row():
 
 def test_a_wrong_kernel_gives_no_row(monkeypatch):
     pytest.importorskip("peft")
-    right = method_table.pk.replace_layers
+    right = methods.pk.replace_layers
 
     def wrong(model):
         report = right(model)
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 1.01)
         return report
 
-    monkeypatch.setattr(method_table.pk, "replace_layers", wrong)
+    monkeypatch.setattr(methods.pk, "replace_layers", wrong)
     found = {row["way"]: row for row in method_table.rows(SETTING, (METHODS[0],))}
     assert "check failed" in found["fused"]["why_not"] and "why_not" not in found["unfused"]
 
 
 def row(trainable, memory, overhead, merged=None, adapter=100, step=1.0):
     merge = {"merges": merged is not None} | ({} if merged is None else {"overhead": merged})
-    sizes = {"trainable": trainable, "model_bytes": memory, "step_peak_bytes": 0, "adapter_bytes": adapter}
+    sizes = {"trainable": trainable, "model_bytes": memory - 20, "step_peak_bytes": 10, "optimizer_bytes": 10}
+    sizes |= {"adapter_bytes": adapter}
     return {**sizes, "overhead": {"p50": overhead}, "merge": merge, "step_seconds": {"p50": step}}
 
 
 def test_pick_keeps_to_the_limits():
     big, small, slow = row(1000, 800, 0.5, merged=0.0), row(10, 100, 0.1), row(1000, 800, 0.5, merged=0.0, step=2.0)
-    rows = [slow, big, small, {"why_not": "absent"}]
+    rows = [slow, big, small, row(1900, 9000, 9.0, step=3.0), {"why_not": "absent"}]
     assert method_pick.pick(rows, Limits()) is big
     assert method_pick.pick(rows, Limits(memory=500)) is small
     assert method_pick.pick(rows, Limits(overhead=0.05)) is big  # one task is merged
@@ -91,23 +132,30 @@ def test_methods_command(tmp_path):
     assert "| IA³ |" in text and "- 1 task: IA³" in text
 
 
-def test_tune_forces_each_way(monkeypatch):
-    (case,) = (case for case in tune.cases("linear_4bit", Options(quick=True)) if case.shape["M"] == 64)
+@pytest.mark.parametrize(
+    "op, other",
+    [("linear_4bit", "linear_4bit.native_calls.decode"), ("prefix_attention", "prefix_attention.library.forward")],
+)
+def test_tune_forces_each_way(op, other, monkeypatch):
+    if reason := tune.why_not(op, timing.CPU):
+        pytest.skip(reason)
+    case = list(tune.cases(op, Options(quick=True)))[-1]
     work = case.build()
     for name in work.contenders:
         work.check(name)
-    if tune.FUSED not in work.contenders:
+    ours, vendor = tune.OPS[op].ways
+    if ours not in work.contenders:
         pytest.skip("this machine has no fused kernel")
-    from peft_kernels.ops.linear_4bit import native_calls
 
-    with monkeypatch.context() as patch:  # the decode is what only one of the ways calls
-        patch.setattr(native_calls, "decode", lambda *arguments: 1 / 0)
-        work.contenders[tune.FUSED].calls[0]()
-        with pytest.raises(ZeroDivisionError):
-            work.contenders[tune.DECODE].calls[0]()
+    monkeypatch.setattr(f"peft_kernels.ops.{other}", lambda *arguments: 1 / 0)  # what only one of the ways calls
+    work.contenders[ours].calls[0]()
+    with pytest.raises(ZeroDivisionError):
+        work.contenders[vendor].calls[0]()
 
 
 def test_tune_command(tmp_path):
+    if reason := tune.why_not("linear_4bit", timing.CPU):
+        pytest.skip(reason)
     done = bench("tune", "linear_4bit", "--quick", "--seconds", 0.05, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert '"forward 192x576": ' in done.stdout and (tmp_path / "tune_linear_4bit.json").exists()
@@ -122,7 +170,7 @@ def test_tune_names_rows():
         return {"shape": {"M": m, "N": 8, "K": 4}, "rows": rows}
 
     records = [record(1, (1, 4), (3, 2)), record(16, (2, 3), (3, 2)), record(64, (5, 4), (3, 2))]
-    forward, backward = tune.named_rows(records)
+    forward, backward = tune.named_rows("linear_4bit", records)
     assert forward == '"forward 8x4": 16,  # 4.00 x at M=1, 1.50 x at M=16'
     assert backward.startswith('"backward 8x4": 0,')
 

@@ -11,7 +11,8 @@ import subprocess
 import pytest
 import torch
 
-from bench import ceilings, cli, compare, environment, profile, readme, timing
+from bench import ceilings, cli, compare, environment, html, method_table, profile, readme, timing
+from bench.methods import METHODS
 from bench.test_bench import FAST, QUICK, bench
 
 
@@ -76,6 +77,16 @@ def test_compare_tells_slower_from_a_slower_machine(tmp_path):
         cli.write(result, tmp_path / f"{name}.json")
     done = bench("compare", tmp_path / "old.json", tmp_path / "new.json")
     assert done.returncode == 1 and "SLOWER" in done.stdout, done.stderr
+
+
+def test_report_shows_the_method_table(tmp_path):
+    """The rows that could not be measured too, with the reason."""
+    result = one_result()
+    setting = {"model": "tiny", "batch": 1, "sequence": 8, "dtype": "float32"}
+    rows = [method_table.absent(METHODS[0], method_table.FUSED, "no <kernel>")]
+    cli.write({**result, "group": "methods", "setting": setting, "rows": rows}, tmp_path / "methods.json")
+    text = html.page(tmp_path)
+    assert "no &lt;kernel&gt;" in text and "1 task: no measured row keeps to it" in text
 
 
 def test_floor_is_the_larger_of_traffic_and_arithmetic():

@@ -8,31 +8,20 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import peft_kernels as pk
 
 from ..case import FUNCTIONAL, OURS, Case, Goal, Options, Training, Work, checked, dtype_name
+from ..inputs import bottleneck, compiled, replaced, unchanged
+from ..peers import adapters_lib, torch_adapter
 
-EAGER, COMPILED, FLOOR = "torch modules", "torch modules, compiled", "its six GEMMs"
+EAGER, COMPILED, FLOOR = torch_adapter.NAME, f"{torch_adapter.NAME}, compiled", "its six GEMMs"
+REPLACED = f"ours, in {adapters_lib.NAME}"  # the library's module after replace_layers
 # (K, r), and on the CPU at M = 512 the least of eager / ours and the most of ours / floor: with layer norm, without
 SIZES = {(4096, 64): ((1.8, 1.25), (1.35, 1.1)), (768, 48): ((1.6, 1.3), (1.3, 1.3))}
 QUICK = {(64, 8): ((0.0, 0.0), (0.0, 0.0))}
 CPU_ROWS, GPU_ROWS = (512, 4096), (8192,)
 SCALING = 2.0
-
-
-class Eager(torch.nn.Module):
-    """x + s up(relu(down([norm](x)))) of torch's own modules."""
-
-    def __init__(self, k: int, r: int, norm: bool):
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(k) if norm else torch.nn.Identity()
-        self.down, self.up = torch.nn.Linear(k, r), torch.nn.Linear(r, k)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., K) -> (..., K)."""
-        return x + self.up(F.relu(self.down(self.norm(x)))) * SCALING
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -53,14 +42,13 @@ def cases(options: Options) -> Iterator[Case]:
 def train(options: Options, m: int, k: int, r: int, norm: bool) -> Work:
     """Forward and backward; the gradients of x and of every parameter are computed."""
     torch.manual_seed(0)
-    eager = Eager(k, r, norm).to(options.device, options.dtype)
-    layer = pk.nn.BottleneckAdapter(k, r, scaling=SCALING, norm_before=norm).to(options.device, options.dtype)
-    layer.load_state_dict({key.replace("norm.", "norm_before."): value for key, value in eager.state_dict().items()})
+    eager = torch_adapter.Adapter(k, r, norm=norm, scaling=SCALING).to(options.device, options.dtype)
+    layer = bottleneck(eager)
     x, dy = options.randn(m, k, grad=True), options.randn(m, k)
 
     def training(module: torch.nn.Module, call: Any = None) -> Training:
         leaves = {"dx": x} | {f"d{name.replace('_before', '')}": p for name, p in module.named_parameters()}
-        return Training(lambda: (call or module)(x), leaves, dy)
+        return Training(partial(module if call is None else call, x), leaves, dy)
 
     def function() -> Training:
         def call(x: torch.Tensor) -> torch.Tensor:
@@ -70,15 +58,18 @@ def train(options: Options, m: int, k: int, r: int, norm: bool) -> Work:
 
         return training(layer, call)
 
+    def library(wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> Training:
+        weights = {name.replace("norm", "ln").replace(".", "_"): p for name, p in eager.named_parameters()}
+        module = wrap(adapters_lib.adapter(**weights, scaling=SCALING, non_linearity="relu"))
+        names = [f"d{name}" for name, _ in eager.named_parameters()]
+        leaves = {"dx": x} | dict(zip(names, module.parameters(), strict=True))  # in the same order
+        return Training(lambda: module(x, x)[0], leaves, dy)
+
     def exact() -> dict[str, torch.Tensor]:
         module = copy.deepcopy(eager).double()
         x64 = x.detach().double().requires_grad_()
         leaves = {"dx": x64} | {f"d{name}": p for name, p in module.named_parameters()}
         return Training(lambda: module(x64), leaves, dy.double())()
-
-    def compiled() -> Training:
-        torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
-        return training(eager, torch.compile(eager))
 
     def floor() -> list[Callable[[], Any]]:
         rows, hidden = x.detach(), options.randn(m, r)
@@ -89,9 +80,11 @@ def train(options: Options, m: int, k: int, r: int, norm: bool) -> Work:
     work = checked(exact, lambda: training(eager)())
     work.add(OURS, "ours", lambda: training(layer))
     work.add(FUNCTIONAL, "ours", function)
+    work.add(REPLACED, "ours", lambda: library(replaced), adapters_lib.why_not())
     work.add(EAGER, "peer", lambda: training(eager))
+    work.add(adapters_lib.NAME, "peer", lambda: library(unchanged), adapters_lib.why_not())
     slow = "not in a quick run: compiling takes longer than it" if options.quick else None
-    work.add(COMPILED, "peer", compiled, slow)
+    work.add(COMPILED, "peer", lambda: training(eager, compiled(eager)), slow)
     work.add(FLOOR, "floor", floor)
     work.notes.append(f"{FLOOR}: by the vendor's library, with nothing between them")
     return work

@@ -12,7 +12,7 @@ import torch
 import peft_kernels as pk
 
 from ..case import FUNCTIONAL, OURS, Case, Goal, Options, Training, Work, checked, dtype_name
-from ..inputs import nf4_weight, replaced, unchanged
+from ..inputs import compiled, nf4_weight, replaced, unchanged
 from ..peers import bnb, peft_bnb
 
 CPU_ROWS, GPU_ROWS = (512,), (512, 8192)
@@ -55,12 +55,11 @@ def train(options: Options, method: str, m: int, n: int, k: int) -> Work:
         inputs = (leaves["dx"], leaves.get("dscale"), leaves.get("dbias"))
         return Training(lambda: call(namespace, *inputs), leaves, cast(dy))
 
-    def module(wrap: Callable[[torch.nn.Module], torch.nn.Module], compiled: bool = False) -> Training:
+    def module(
+        wrap: Callable[[torch.nn.Module], torch.nn.Module], compile: Callable[[Any], Any] = unchanged
+    ) -> Training:
         model, leaves = layer_of(method, copy.deepcopy(base), scale, bias, feedforward)
-        layer = wrap(model).proj
-        if compiled:  # its backward is timed alone too, several times over one graph
-            torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
-        run = torch.compile(layer) if compiled else layer
+        run = compile(wrap(model).proj)
         # PEFT's 4-bit layer returns float32: for either, the next layer of a model in x's dtype casts
         return Training(lambda: run(x).to(x.dtype), {"dx": x, **leaves}, dy)
 
@@ -73,7 +72,7 @@ def train(options: Options, method: str, m: int, n: int, k: int) -> Work:
     work.add(FUNCTIONAL, "ours", lambda: training(pk.functional))
     work.add(peer.NAME, "peer", lambda: module(unchanged), peer.why_not())
     slow = "not in a quick run: compiling takes longer than it" if options.quick else None
-    work.add(f"{peer.NAME}, compiled", "peer", lambda: module(unchanged, compiled=True), slow or peer.why_not())
+    work.add(f"{peer.NAME}, compiled", "peer", lambda: module(unchanged, compiled), slow or peer.why_not())
     work.add(FROZEN, "floor", frozen)
     work.notes.append(f"{FROZEN}: forward + dX of linear_4bit")
     return work

@@ -6,6 +6,8 @@ import torch
 import peft_kernels as pk
 
 pytest.importorskip("adapters", reason="needs the adapters library, which `make test-adapters` installs apart")
+from bench.case import Options
+from bench.cases import bottleneck_adapter
 from bench.peers import adapters_lib
 
 
@@ -21,3 +23,10 @@ def test_peer_computes_the_reference(parallel, norm):
     added = None if parallel else residual
     truth = pk.reference.bottleneck_adapter(x, *weights, activation="gelu", scaling=0.5, residual=added, **options)
     torch.testing.assert_close(layer(x, residual)[0], truth)
+
+
+@pytest.mark.parametrize("case", bottleneck_adapter.cases(Options(quick=True)), ids=lambda case: case.name)
+def test_the_library_competes(case):
+    work = case.build()
+    for name in (adapters_lib.NAME, bottleneck_adapter.REPLACED):
+        work.check(name)
