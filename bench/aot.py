@@ -73,6 +73,22 @@ def sass_per_weight(sass: str, arguments: dict[str, Any], warps: int) -> float |
     return round(count * warps * WARP / weights, 3) if count else None
 
 
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+
+
+def loaded_bytes(sass: str, warps: int) -> Counter[int]:
+    """What a program loads from global memory in each turn of its main loop: bytes by the width of the loads."""
+    _, bodies = assembly(sass)
+    loop = max((body for body in bodies if any(_MATRIX.match(name) for name in body)), key=len)
+    loaded: Counter[int] = Counter()
+    for name in loop:
+        kind, *suffixes = name.split(".")
+        if kind in ("LDG", "LDGSTS"):
+            width = next((_BYTES[suffix] for suffix in suffixes if suffix in _BYTES), 4)
+            loaded[width] += width * warps * WARP
+    return loaded
+
+
 def triton_rows(operation: str, case: Any, machine: Any, compiled: Any = None) -> Iterator[tuple[Row, Any]]:
     """(row, report) of each launch of a case on a machine; compiled(launch, machine) may come from a cache."""
     from peft_kernels.triton_common import aot

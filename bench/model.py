@@ -86,7 +86,11 @@ class Prediction:
 def fused(
     device: Device, m: int, n: int, k: int, sass_per_weight: float, *, block_m: int, splits: int = 1, rank: int = 0
 ) -> Prediction:
-    """The kernel that decodes W (N, K) in registers, for m rows in tiles of block_m; with LoRA, its shrink before."""
+    """The kernel that decodes W (N, K) in registers, for m rows in tiles of block_m.
+
+    With LoRA, up to 16 rows its shrink runs beside the weight's programs and its expand comes with the planes' sum; for
+    more rows the shrink is two launches before.
+    """
     tiles = math.ceil(m / block_m)
     nbytes = NESTED_BYTES * n * k + HALF * m * (k + n) + (rank > 0) * HALF * (rank * (k + n) + m * k)
     nbytes += (splits > 1) * 8 * splits * m * n  # float32 planes, written and read
@@ -94,7 +98,7 @@ def fused(
         nbytes / (device.bandwidth * COPY),
         2 * tiles * block_m * n * k / (device.flops * GEMM),
         tiles * n * k * sass_per_weight / (device.issue * ISSUE),
-        (splits > 1) + 2 * (rank > 0),
+        (splits > 1 or (rank > 0 and m <= 16)) + 2 * (rank > 0 and m > 16),
     )
 
 
@@ -182,19 +186,22 @@ def measured(device: Device, m: int, n: int, k: int, results: Path = RESULTS) ->
 
 
 # Rows of x, and the launch of the ahead-of-time table whose tile serves them.
-_LAUNCH_ROWS = {1: 1, 4: 1, 16: 1, 32: 32, 64: 64, 128: 256, 256: 256, 512: 256, 2048: None, 8192: None}
+_LAUNCH_ROWS = {1: 1, 4: 1, 16: 16, 32: 32, 64: 64, 128: 256, 256: 256, 512: 256, 2048: None, 8192: None}
 
 
 def rows(device: Device, n: int, k: int, sass: dict[tuple[str, str], float]) -> Iterator[tuple[int, float, float]]:
     """(m, seconds fused or nan where there is no figure, seconds of decode + GEMM) for each number of rows."""
     for m, compiled in _LAUNCH_ROWS.items():
-        launch = f"linear_4bit forward M={compiled} bf16 nested _linear_4bit_fwd_kernel"
-        per_weight = sass.get((device.target, launch))
-        block_m = 16 if m <= 16 else 32 if m <= 32 else 128 if m > 64 and device.target == "sm_90" else 64
+        # the better of the two layouts
+        kinds = ("nested", "nested tiled")
+        launches = (f"linear_4bit forward M={compiled} bf16 {kind} _linear_4bit_fwd_kernel" for kind in kinds)
+        figures = [sass[device.target, launch] for launch in launches if (device.target, launch) in sass]
+        most = 128 if device.target == "sm_90" else 64
+        block_m = next(size for size in (8, 16, 32, 64, 128) if size >= min(m, most))
         seconds = math.nan
-        if per_weight is not None:
-            # the nested layer as it is served: the adapters' shrink and the sum of the planes included
-            seconds = fused(device, m, n, k, per_weight, block_m=block_m, splits=2 if m <= 32 else 1).seconds
+        if figures:
+            splits = 4 if m <= 32 else 2 if m <= 64 else 1  # the sum of the planes included
+            seconds = fused(device, m, n, k, min(figures), block_m=block_m, splits=splits).seconds
         yield m, seconds, decode_and_gemm(device, m, n, k)
 
 

@@ -131,7 +131,7 @@ def test_tables(tmp_path, capsys):
     assert sass == {("sm_90", launch): 5.1}
     assert model.sass_table(tmp_path / "none") == {}
     by_rows = {m: seconds for m, seconds, _ in model.rows(H100, N, K, sass)}
-    assert by_rows[1] == pytest.approx(by_rows[16]) and math.isnan(by_rows[64])
+    assert by_rows[1] == pytest.approx(by_rows[4], rel=0.01) and math.isnan(by_rows[64])
     record = {"device": {"gpu": "NVIDIA H100 80GB HBM3"}, "cases": [{"shape": {"M": 1, "N": N, "K": K}, "rows": []}]}
     record["cases"][0]["rows"].append({"contender": "ours", "seconds": {"p50": 1e-5}})
     (tmp_path / "gpu").mkdir()

@@ -24,6 +24,8 @@ MATRIX_KERNELS = {
     "_bottleneck_columns_kernel",
     "_linear_4bit_fwd_kernel",
     "_linear_4bit_bwd_kernel",
+    "_lora_decode_kernel",
+    "_lora_expand_planes_kernel",
     "_lora_shrink_kernel",
     "_lora_dy_kernel",
     "_lora_da_kernel",
@@ -79,11 +81,44 @@ def hold(row):
         assert not worse, f"{row['launch']} on {row['target']}: {worse}; if it must be, `python -m bench aot`"
 
 
-@pytest.mark.parametrize("rows", [1, 32, 64])
-def test_few_instructions_a_weight_on_hopper(rows):
-    """The gate of the small-M loop, on the committed table, which `test_compiles` holds the compiler to."""
-    row = COMMITTED["rows"]["sm_90", f"linear_4bit forward M={rows} bf16 nested _linear_4bit_fwd_kernel"]
-    assert row["sass_per_weight"] <= 6 and "wgmma.mma_async" in row["matrix"]
+def hopper(name, layout="bnb"):
+    """(launch, report) of a forward call of `linear_4bit` on Hopper."""
+    case = CASES[f"linear_4bit-forward {name}" + (" tiled" if layout == "tiled" else "")]
+    launch = aot.launches(case, MACHINES["sm_90"])[0]
+    return launch, compiled(launch, MACHINES["sm_90"])
+
+
+@pytest.mark.parametrize("layout", ["bnb", "tiled"])
+@pytest.mark.parametrize("rows", [1, 16, 32, 64, 256])
+def test_few_instructions_a_weight_on_hopper(rows, layout):
+    """The gate of the few-rows loop; wgmma takes the weight from registers, and the next does not wait for the last."""
+    launch, report = hopper(f"M={rows} bf16 nested", layout)
+    code = aot.sass(report)
+    per_weight = gate.sass_per_weight(code, launch.args, launch.options["num_warps"])
+    assert per_weight <= (6 if layout == "tiled" or rows <= 64 else 6.1)
+    if rows <= 8:  # mma.sync has the narrowest product, and takes both operands from registers
+        assert "HMMA" in code and "STS.128" not in code
+        return
+    products = re.findall(r"HGMMA\S* R\d+, (\w+)", code)
+    assert products and all(operand.startswith("R") for operand in products), "the weight goes through shared memory"
+    loop = max((body for body in gate.assembly(code)[1] if any("HGMMA" in name for name in body)), key=len)
+    waits = sum(name.startswith("WARPGROUP.DEPBAR") for name in loop)
+    assert 2 * waits <= sum("HGMMA" in name for name in loop), "each product waits for the one before"
+
+
+@pytest.mark.parametrize("layout", ["bnb", "tiled"])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_decode_loads_every_byte_once(rows, layout):
+    """In each turn of the loop: the weight's bytes and its scales' once, x's once; the weight's by 16 bytes."""
+    launch, report = hopper(f"M={rows} bf16 nested", layout)
+    loaded = gate.loaded_bytes(aot.sass(report), launch.options["num_warps"])
+    block_m, block_n, block_k = (launch.args[f"BLOCK_{side}"] for side in "MNK")
+    weight, x, scales = block_n * block_k // 2, 2 * block_m * block_k, block_n * block_k // 64
+    wide_x = x if rows == 16 and layout == "tiled" else 0  # in another layout x's rows come in pieces
+    assert loaded[16] == weight + wide_x
+    assert loaded[1] == scales
+    # beside x: each row's second-level scale, and the table entry of each block's code, which stays in the L1 cache
+    assert loaded[4] + loaded[8] == x - wide_x + 4 * block_n + 4 * scales
 
 
 @pytest.mark.parametrize("machine", [name for name, machine in MACHINES.items() if machine.target.kind == "cuda"])

@@ -9,11 +9,10 @@ import torch
 
 from ...triton_common.aot import Case
 from ...triton_common.lowrank import LowRank, expand, expand_add
-from ..linear_4bit import triton_decode
 from ..linear_4bit.triton_kernels import fused_backward, fused_forward
 from ..nf4.triton_aot import meta_weight
 from .triton_adapter import da, shrink, t_and_db
-from .triton_tiles import pieces
+from .triton_kernels import forward
 
 _N, _K, _R = 14336, 4096, 16
 
@@ -41,16 +40,16 @@ def _terms(rows: int, dtype: torch.dtype, p: float) -> tuple[LowRank, LowRank]:
 
 
 def _fused(rows: int, dtype: torch.dtype, p: float) -> None:
-    forward, backward = _terms(rows, dtype, p)
-    fused_forward(torch.empty(rows, _K, dtype=torch.bfloat16), meta_weight(_N, _K), None, forward)
-    fused_backward(torch.empty(rows, _N, dtype=torch.bfloat16), meta_weight(_N, _K), backward)
+    for_y, for_dx = _terms(rows, dtype, p)
+    fused_forward(torch.empty(rows, _K, dtype=torch.bfloat16), meta_weight(_N, _K), None, for_y)
+    fused_backward(torch.empty(rows, _N, dtype=torch.bfloat16), meta_weight(_N, _K), for_dx)
 
 
 def _decode(rows: int, dtype: torch.dtype, layout: str) -> None:
     """A few rows, one adapter without dropout."""
     x = torch.empty(rows, _K, dtype=torch.bfloat16)
     lora_A, lora_B = torch.empty(_R, _K, dtype=dtype), torch.empty(_N, _R, dtype=dtype)
-    triton_decode.forward(x, meta_weight(_N, _K, layout=layout), None, lora_A, lora_B, 2.0, pieces(x, lora_A))
+    forward(x, meta_weight(_N, _K, layout=layout), None, [lora_A], [lora_B], [2.0], [0.0], None)
 
 
 def _adapter_float32(rank: int) -> None:
