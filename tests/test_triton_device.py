@@ -15,8 +15,8 @@ RANK = 8
 class Layer:
     """A QLoRA layer: called with x, it returns y by the Triton kernels."""
 
-    def __init__(self, n, k, dtype, device=DEVICE):
-        self.weight = Weight4bit.quantize(randn(n, k, scale=0.1)).to(device)
+    def __init__(self, n, k, dtype, device=DEVICE, layout="bnb"):
+        self.weight = Weight4bit.quantize(randn(n, k, scale=0.1)).with_layout(layout).to(device)
         self.lora_A = randn(RANK, k, dtype=dtype, scale=0.1).to(device).requires_grad_()
         self.lora_B = randn(n, RANK, dtype=dtype, scale=0.1).to(device).requires_grad_()
 
@@ -59,9 +59,10 @@ def test_unaligned_words():
 
 
 @needs_gpu
-def test_side_stream():
+@pytest.mark.parametrize("layout", ["bnb", "tiled"])
+def test_side_stream(layout):
     """Results on two streams at once, whose scratches must not meet."""
-    layer = Layer(256, 512, torch.bfloat16)
+    layer = Layer(256, 512, torch.bfloat16, layout=layout)
     for m in rows():
         xs = [randn(m, 512, dtype=torch.bfloat16) for _ in range(2)]
         expected = [layer.with_gradients(layer, x) for x in xs]
@@ -78,9 +79,10 @@ def test_side_stream():
 
 
 @needs_gpu
-def test_graph():
+@pytest.mark.parametrize("layout", ["bnb", "tiled"])
+def test_graph(layout):
     """A captured call replays on other values, also after eager calls have used the scratch."""
-    layer, other = Layer(256, 512, torch.bfloat16), Layer(512, 512, torch.bfloat16)
+    layer, other = Layer(256, 512, torch.bfloat16, layout=layout), Layer(512, 512, torch.bfloat16)
     for m in rows():
         x, fresh = randn(m, 512, dtype=torch.bfloat16), randn(m, 512, dtype=torch.bfloat16)
         with torch.no_grad():

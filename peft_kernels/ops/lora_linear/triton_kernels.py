@@ -39,10 +39,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (M, K) -> y (M, N), S (M, sum r) float32."""
     x = base.row_major(x)
-    few = isinstance(weight, Weight4bit) and len(lora_A) == 1 and not dropout_p[0] and base.fused(x, weight)
-    if few and triton_decode.serves(x, weight, lora_A[0].shape[0]):
-        width = pieces(x, lora_A[0])
-        return triton_decode.forward(x, weight, bias, lora_A[0], lora_B[0], scaling[0], width)
+    one = len(lora_A) == 1 and not dropout_p[0] and isinstance(weight, Weight4bit)
+    if one and base.fused(x, weight) and triton_decode.serves(x, weight, lora_A[0].shape[0]):  # type: ignore[arg-type]
+        a, b = lora_A[0], lora_B[0]
+        return triton_decode.forward(x, weight, bias, a, b, scaling[0], pieces(x, a))  # type: ignore[arg-type]
     longer = _longer(x, weight, lora_A, lora_B)
     parts = [
         shrink(x, a, p, _seed(seeds, i), None if i else longer)
