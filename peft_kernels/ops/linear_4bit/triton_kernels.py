@@ -35,7 +35,7 @@ class _Tile(NamedTuple):
 # Forward and backward tiles, by the most rows each serves. Set from compiled objects (registers, spills, instructions
 # per weight), not from measurements. Forward, up to eight rows take mma.sync everywhere: its product has eight columns
 # where wgmma's and tcgen05's have sixteen, and half of those would be scaled for nothing. wgmma takes 128 rows of x
-# where mma.sync would spill, and tcgen05 loses the product from there on (Triton 3.6).
+# where mma.sync would spill; tcgen05 loses the product from there on, and with a mask 256 columns wide (Triton 3.6).
 _TILES = {
     "wgmma": (
         {8: _Tile(8, 128, 128, 4, 4), 16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3),
@@ -45,7 +45,7 @@ _TILES = {
     "tcgen05": (
         {8: _Tile(8, 128, 128, 4, 4), 16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 128, 4, 3),
          512: _Tile(64, 256, 64, 8, 3)},
-        {16: _Tile(16, 64, 256, 4, 3), 512: _Tile(64, 64, 256, 8, 3)},
+        {16: _Tile(16, 64, 256, 4, 3), 32: _Tile(32, 64, 256, 4, 3), 512: _Tile(64, 64, 128, 8, 3)},
     ),
     "mma": (
         {8: _Tile(8, 128, 128, 4, 3), 16: _Tile(16, 128, 128, 4, 3), 32: _Tile(32, 256, 64, 4, 3),
