@@ -39,12 +39,12 @@ void hidden_sums(const BottleneckJob& job, int64_t j0) {
     job.hidden_bias[j] = job.hidden_sum[j] = 0;
     if (j >= adapter.r) continue;
     Vec bias = vec_zero(), sum = vec_zero();
-    for (int64_t k = 0; adapter.ln_weight && k < adapter.K; k += kVec) {
+    for (int64_t k = 0; job.ln_weight && k < adapter.K; k += kVec) {
       const Vec w = vec_load(adapter.down.data, adapter.down.dtype, j * adapter.down.ld + k, adapter.K - k);
-      if (adapter.ln_bias) bias = multiply_add(w, vec_load(adapter.ln_bias, DType::F32, k, adapter.K - k), bias);
-      sum = sum + U::rounded(w * vec_load(adapter.ln_weight, DType::F32, k, adapter.K - k));
+      if (job.ln_bias) bias = multiply_add(w, vec_load(job.ln_bias, DType::F32, k, adapter.K - k), bias);
+      sum = sum + U::rounded(w * vec_load(job.ln_weight, DType::F32, k, adapter.K - k));
     }
-    job.hidden_bias[j] = vec_sum(bias) + (adapter.down_bias ? adapter.down_bias[j] : 0.0f);
+    job.hidden_bias[j] = vec_sum(bias) + (job.down_bias ? job.down_bias[j] : 0.0f);
     job.hidden_sum[j] = vec_sum(sum);
   }
 }
@@ -57,7 +57,7 @@ void pack_forward(const BottleneckJob& job, int64_t item) {
   if (part.kind == PackItem::Sums) return hidden_sums<U>(job, part.lane);
   if (part.kind == PackItem::Reduce) {
     const int64_t W = min64(kPanelLanes, job.rank_lanes - part.lane), k = part.begin * U::kElements;
-    return pack_lanes_from_rows<U>({adapter.down, nullptr, nullptr, adapter.ln_weight, {}}, part.lane,
+    return pack_lanes_from_rows<U>({adapter.down, nullptr, nullptr, job.ln_weight, {}}, part.lane,
                                    min64(W, adapter.r - part.lane), k, min64(kChunkUnits * U::kElements, adapter.K - k),
                                    W, job.reduce + part.lane * units + part.begin * W);
   }
@@ -65,9 +65,9 @@ void pack_forward(const BottleneckJob& job, int64_t item) {
   pack_lanes_from_rows<U>({adapter.up, nullptr, nullptr, nullptr, {}}, n0, lanes, 0, adapter.r, kPanelLanes,
                           job.expand + n0 * units_of<U>(adapter.r));
   for (int64_t n = n0; n < n0 + kPanelLanes; ++n) {
-    const float scale = n >= adapter.N ? 0.0f : adapter.scaling * (adapter.channel ? adapter.channel[n] : 1.0f);
+    const float scale = n >= adapter.N ? 0.0f : adapter.scaling * (job.channel ? job.channel[n] : 1.0f);
     job.column_scale[n] = scale;
-    job.column_bias[n] = n < adapter.N && adapter.up_bias ? scale * adapter.up_bias[n] : 0.0f;
+    job.column_bias[n] = n < adapter.N && job.up_bias ? scale * job.up_bias[n] : 0.0f;
   }
 }
 
@@ -80,13 +80,13 @@ void pack_backward(const BottleneckJob& job, int64_t item) {
     const int64_t W = min64(kPanelLanes, job.rank_lanes - part.lane), n = part.begin * U::kElements;
     const int64_t rows = min64(kChunkUnits * U::kElements, adapter.N - n);
     for (int64_t i = n; job.gate_bias && i < n + rows; ++i)
-      job.gate_bias[i] = adapter.up_bias[i] * (adapter.channel ? adapter.channel[i] : 1.0f);
-    return pack_lanes_from_columns<U>({adapter.up, nullptr, adapter.channel, nullptr, {}}, n, rows, part.lane,
+      job.gate_bias[i] = job.up_bias[i] * (job.channel ? job.channel[i] : 1.0f);
+    return pack_lanes_from_columns<U>({adapter.up, nullptr, job.channel, nullptr, {}}, n, rows, part.lane,
                                       min64(W, adapter.r - part.lane), W,
                                       job.reduce + part.lane * units_of<U>(adapter.N) + part.begin * W);
   }
   const int64_t k0 = part.begin;
-  pack_lanes_from_columns<U>({adapter.down, nullptr, nullptr, adapter.ln_weight, {}}, 0, adapter.r, k0,
+  pack_lanes_from_columns<U>({adapter.down, nullptr, nullptr, job.ln_weight, {}}, 0, adapter.r, k0,
                              min64(kPanelLanes, adapter.K - k0), kPanelLanes, job.expand + k0 * units_of<U>(adapter.r));
 }
 
@@ -105,7 +105,7 @@ void sum_dz(const BottleneckJob& job, int64_t rank) {
   }
   job.dz_sum[rank] = vec_sum(sum);
   job.dz_mean[rank] = vec_sum(mean_sum);
-  if (job.gradients.down_bias) job.gradients.down_bias[rank] = job.dz_sum[rank];
+  if (job.gradients.down_bias) store_f32(job.gradients.down_bias, rank, job.adapter.down_bias.dtype, job.dz_sum[rank]);
 }
 
 // sums[r][64] = the r rows [M] of a_columns or dz_columns times columns [c0, c0 + lanes) of x or dy. One more row is
@@ -158,17 +158,24 @@ void up_gradient(const BottleneckJob& job, int64_t n0) {
         const int64_t n = n0 + g + i;
         if (gradients.channel)
           dots[g + i] += vec_sum(v[i] * vec_load(adapter.up.data, adapter.up.dtype, n * adapter.up.ld + j, r - j));
-        const float scale = factor * (adapter.channel ? adapter.channel[n] : 1.0f);
+        const float scale = factor * (job.channel ? job.channel[n] : 1.0f);
         if (gradients.up_weight)
           vec_store(gradients.up_weight, adapter.up.dtype, n * r + j, v[i] * vec_set(scale), r - j);
       }
     }
   }
-  for (int64_t i = 0; i < lanes; ++i) {
-    const int64_t n = n0 + i;
-    if (gradients.up_bias) gradients.up_bias[n] = factor * (adapter.channel ? adapter.channel[n] : 1.0f) * bias[i];
-    if (gradients.channel)
-      gradients.channel[n] = factor * (dots[i] + (adapter.up_bias ? adapter.up_bias[n] * bias[i] : 0.0f));
+  for (int64_t g = 0; g < lanes; g += kVec) {
+    const int64_t n = n0 + g, count = lanes - g;
+    const Vec sum = vec_load(bias + g), scale = vec_set(factor);
+    if (gradients.up_bias) {
+      const Vec v = job.channel ? sum * vec_load(job.channel, DType::F32, n, count) : sum;
+      vec_store(gradients.up_bias, adapter.up_bias.dtype, n, v * scale, count);
+    }
+    if (gradients.channel) {
+      Vec v = vec_load(dots + g);
+      if (job.up_bias) v = multiply_add(sum, vec_load(job.up_bias, DType::F32, n, count), v);
+      vec_store(gradients.channel, adapter.channel.dtype, n, v * scale, count);
+    }
   }
 }
 
@@ -186,8 +193,8 @@ void down_gradient(const BottleneckJob& job, int64_t k0) {
   for (int64_t g = 0; g < lanes; g += kVec) {
     const int64_t k = k0 + g, count = lanes - g;
     Vec weight = vec_set(1.0f), bias = vec_zero(), weight_total = vec_zero(), bias_total = vec_zero();
-    if (adapter.ln_weight) weight = vec_load(adapter.ln_weight, DType::F32, k, count);
-    if (adapter.ln_bias) bias = vec_load(adapter.ln_bias, DType::F32, k, count);
+    if (job.ln_weight) weight = vec_load(job.ln_weight, DType::F32, k, count);
+    if (job.ln_bias) bias = vec_load(job.ln_bias, DType::F32, k, count);
     for (int64_t j0 = 0; j0 < adapter.r; j0 += kSumRun) {
       Vec dweight = vec_zero(), dbias = vec_zero();
       for (int64_t j = j0; j < min64(adapter.r, j0 + kSumRun); ++j) {
@@ -203,8 +210,8 @@ void down_gradient(const BottleneckJob& job, int64_t k0) {
       weight_total = weight_total + dweight;
       bias_total = bias_total + dbias;
     }
-    if (gradients.ln_weight) vec_store(gradients.ln_weight, DType::F32, k, weight_total, count);
-    if (gradients.ln_bias) vec_store(gradients.ln_bias, DType::F32, k, bias_total, count);
+    if (gradients.ln_weight) vec_store(gradients.ln_weight, adapter.ln_weight.dtype, k, weight_total, count);
+    if (gradients.ln_bias) vec_store(gradients.ln_bias, adapter.ln_bias.dtype, k, bias_total, count);
   }
 }
 

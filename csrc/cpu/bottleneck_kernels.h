@@ -24,7 +24,8 @@ struct Source {
 // One call. What its steps share lies in scratch that bottleneck.cpp lays out.
 struct BottleneckJob {
   Adapter adapter;
-  int64_t M, rank_lanes;            // r rounded up to 16
+  const float *down_bias, *up_bias, *ln_weight, *ln_bias, *channel, *gate;  // the adapter's vectors, or null
+  int64_t M, rank_lanes;                                                    // r rounded up to 16
   Source x, dy;                     // x normalized (unless pairs of bfloat16 are multiplied), dy masked
   const float *mean, *inverse_std;  // [M], with layer norm
   uint32_t *reduce, *expand;        // panels of the weight that the row pass sums over K or N first, and of the other
@@ -50,6 +51,7 @@ struct BottleneckJob {
 // Steps of one call, each an index space that threads share; a step starts when the one before it has ended.
 struct BottleneckKernels {
   int64_t elements;  // per unit
+  void (*widen)(const Vector& from, int64_t count, float* to);
   int64_t (*pack_items)(int64_t rank_lanes, int64_t reduced, int64_t expanded);
   void (*pack_forward)(const BottleneckJob& job, int64_t item);
   void (*forward_rows)(const BottleneckJob& job, int64_t m0, int64_t m1);

@@ -125,7 +125,7 @@ struct FinishForward {
   }
 
   PK_INLINE void whole(Vec (&acc)[kTileRows][4], int64_t i0, int64_t n0) const {
-    const float* gate = job.adapter.gate;
+    const float* gate = job.gate;
 #pragma GCC unroll 2
     for (int g = 0; g < 4; g += 2) {
       const int64_t n = n0 + g * kVec;
@@ -155,7 +155,7 @@ struct FinishForward {
       for (int64_t g = 0; g < kPanelLanes && n0 + g < adapter.N; g += kVec) {
         const int64_t n = n0 + g, count = adapter.N - n;
         Vec v = multiply_add(vec_load(sums + g), vec_load(job.column_scale + n), vec_load(job.column_bias + n));
-        if (adapter.gate) v = v * vec_set(adapter.gate[m]);
+        if (job.gate) v = v * vec_set(job.gate[m]);
         if (adapter.dropout.active()) v = v * vec_load(mask + g);
         if (added.data) v = v + vec_load(added.data, added.dtype, m * added.ld + n, count);
         vec_store(job.y, job.y_dtype, m * adapter.N + n, v, count);
@@ -168,7 +168,7 @@ template <class U>
 void forward_rows(const BottleneckJob& job, int64_t m0, int64_t m1) {
   const Adapter& adapter = job.adapter;
   RowBlock<U> block(job, m0, m1);
-  for (int64_t m = m0; adapter.ln_weight && m < m1; ++m) row_statistics(job, m);
+  for (int64_t m = m0; job.ln_weight && m < m1; ++m) row_statistics(job, m);
   reduce<U>(job, job.x, adapter.K, block);
   for (int64_t i = 0; i < block.rows; ++i) {
     float* z = block.sums + i * block.lanes;
@@ -194,7 +194,7 @@ template <class U>
 void hidden_gradient(const BottleneckJob& job, RowBlock<U>& block, int64_t i) {
   const Adapter& adapter = job.adapter;
   const int64_t r = adapter.r, m = block.m0 + i;
-  const float factor = adapter.scaling * job.inverse_keep, gate = adapter.gate ? adapter.gate[m] : 1.0f;
+  const float factor = adapter.scaling * job.inverse_keep, gate = job.gate ? job.gate[m] : 1.0f;
   float* d = block.sums + i * block.lanes;
   for (int64_t j = 0; j < block.lanes; j += kVec)
     vec_store(block.z + j, vec_load(job.saved_z.data, job.saved_z.dtype, m * job.saved_z.ld + j, r - j));
@@ -207,11 +207,11 @@ void hidden_gradient(const BottleneckJob& job, RowBlock<U>& block, int64_t i) {
     const Vec dz = upstream * vec_load(block.slope + j) * vec_set(factor * gate);
     vec_store(d + j, dz);
     vec_store(block.value + j, value * vec_set(gate));
-    if (!adapter.ln_weight) continue;
+    if (!job.ln_weight) continue;
     c1 = multiply_add(dz, vec_load(job.hidden_sum + j), c1);
     c2 = multiply_add(dz, vec_load(block.z + j) - vec_load(job.hidden_bias + j), c2);
   }
-  const float inverse_std = adapter.ln_weight ? job.inverse_std[m] : 1.0f;
+  const float inverse_std = job.ln_weight ? job.inverse_std[m] : 1.0f;
   block.c1[i] = -vec_sum(c1) / float(adapter.K) * inverse_std;
   block.c2[i] = -vec_sum(c2) / float(adapter.K) * inverse_std * inverse_std;
   if (job.gradients.gate) {
@@ -223,7 +223,7 @@ void hidden_gradient(const BottleneckJob& job, RowBlock<U>& block, int64_t i) {
                                 keep ? keep + g : nullptr),
                            vec_set(1.0f), dot);
     }
-    job.gradients.gate[m] = factor * vec_sum(dot);
+    store_f32(job.gradients.gate, m, adapter.gate.dtype, factor * vec_sum(dot));
   }
   store_hidden<U>(block, i, d);
   const int64_t ld = job.ld_columns * U::kElements;
@@ -242,13 +242,13 @@ struct FinishBackward {
 
   bool direct() const {
     const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
-    return job.gradients.dx_dtype == U::kDtype && (!job.adapter.ln_weight || x.dtype == U::kDtype) &&
+    return job.gradients.dx_dtype == U::kDtype && (!job.ln_weight || x.dtype == U::kDtype) &&
            (!job.adapter.add_x || dy.dtype == U::kDtype);
   }
 
   void begin(int64_t i, int64_t rows, int64_t k) const {
     const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
-    if (job.adapter.ln_weight) prefetch_tile(x.data, x.dtype, x.ld, block.m0 + i, rows, k);
+    if (job.ln_weight) prefetch_tile(x.data, x.dtype, x.ld, block.m0 + i, rows, k);
     if (job.adapter.add_x) prefetch_tile(dy.data, dy.dtype, dy.ld, block.m0 + i, rows, k);
     prefetch_tile(job.gradients.dx, job.gradients.dx_dtype, job.adapter.K, block.m0 + i, rows, k);
   }
@@ -256,7 +256,7 @@ struct FinishBackward {
   PK_INLINE Vec finish(Vec v, int64_t i, int64_t k, DType x_dtype, DType dy_dtype, int64_t count) const {
     const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
     const int64_t m = block.m0 + i;
-    if (job.adapter.ln_weight) {
+    if (job.ln_weight) {
       const Vec centred = vec_load(x.data, x_dtype, m * x.ld + k, count) - vec_set(job.mean[m]);
       v = multiply_add(v, vec_set(job.inverse_std[m]), vec_set(block.c1[i]));
       v = multiply_add(centred, vec_set(block.c2[i]), v);

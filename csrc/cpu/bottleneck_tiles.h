@@ -80,7 +80,7 @@ PK_INLINE int64_t units_of(int64_t elements) {
 // of rows whose mean is far from zero would lose digits.
 template <class U>
 bool folds_norm(const BottleneckJob& job) {
-  return U::kElements == 2 && job.adapter.ln_weight;
+  return U::kElements == 2 && job.ln_weight;
 }
 
 inline bool plain(const Source& from) {
@@ -103,6 +103,11 @@ inline void prefetch_tile(const void* data, DType dtype, int64_t ld, int64_t row
   const char* from = (const char*)data + (row * ld + column) * size;
   for (int64_t i = 0; data && i < rows; ++i, from += ld * size)
     for (int64_t b = 0; b < kPanelLanes * size; b += 64) __builtin_prefetch(from + b);
+}
+
+inline void widen(const Vector& from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += kVec)
+    vec_store(to, DType::F32, i, vec_load(from.data, from.dtype, i, count - i), count - i);
 }
 
 // Zeros and ones for columns [k, k + count) of row m, or null without dropout.
