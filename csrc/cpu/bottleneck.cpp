@@ -184,7 +184,7 @@ void bottleneck_backward(const Adapter& adapter, const Matrix& x, int64_t M, con
   const int threads = threads_of(job, 2);
   const int64_t packs = kernel.pack_items(job.rank_lanes, adapter.N, adapter.K);
   const int64_t up_tiles = need_up ? ceil_div(adapter.N, kPanelLanes) : 0;
-  const int64_t down_tiles = need_down ? ceil_div(adapter.K, kPanelLanes) : 0;
+  const int64_t tiles = up_tiles + (need_down ? ceil_div(adapter.K, kPanelLanes) : 0);
   const RowSplit split(M, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -196,12 +196,8 @@ void bottleneck_backward(const Adapter& adapter, const Matrix& x, int64_t M, con
 #pragma omp for schedule(static)
     for (int64_t rank = 0; rank < (need_dz ? adapter.r : 0); ++rank) kernel.sum_dz(job, rank);
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < up_tiles + down_tiles; ++item) {
-      if (item < up_tiles)
-        kernel.up_gradient(job, item * kPanelLanes);
-      else
-        kernel.down_gradient(job, (item - up_tiles) * kPanelLanes);
-    }
+    for (int64_t part = 0; part < threads; ++part)
+      kernel.weight_gradients(job, up_tiles, tiles * part / threads, tiles * (part + 1) / threads);
   }
 }
 

@@ -108,45 +108,98 @@ void sum_dz(const BottleneckJob& job, int64_t rank) {
   if (job.gradients.down_bias) store_f32(job.gradients.down_bias, rank, job.adapter.down_bias.dtype, job.dz_sum[rank]);
 }
 
-// sums[r][64] = the r rows [M] of a_columns or dz_columns times columns [c0, c0 + lanes) of x or dy. One more row is
-// for the sum of the columns alone. Chains of additions are short, as eager's sums over rows err less than products do.
+// Rows [row, row + rows) of columns [column, column + lanes) of x or dy, which a panel of units holds.
+struct ColumnPanel {
+  const Source* from;
+  int64_t row, rows, column, lanes;
+};
+
+// The panels that the tiles of both weight gradients multiply, in order: down each tile in chunks, tile after tile. Two
+// buffers: while the one is multiplied, the other is filled piece by piece. Rows of a power of two bytes share a few
+// sets of the cache, so that no more than a piece is brought closer at a time.
 template <class U>
-float* column_sums(const BottleneckJob& job, const Source& from, const uint32_t* rows, int64_t c0, int64_t lanes,
-                   bool one_more) {
+struct PanelStream {
+  static constexpr int64_t kRows = kChunkUnits * U::kElements;
+  const BottleneckJob& job;
+  int64_t up_tiles, end;  // the tiles [0, up_tiles) are of dWu, those up to `end` of dWd
+  int64_t tile, row;      // of the panel that is filled next
+  uint32_t *panel, *next;
+  ColumnPanel filling;
+  int64_t filled = 0;
+
+  PanelStream(const BottleneckJob& job, int64_t up_tiles, int64_t begin, int64_t end, uint32_t* buffers)
+      : job(job), up_tiles(up_tiles), end(end), tile(begin), row(0) {
+    panel = buffers, next = buffers + kChunkUnits * kPanelLanes;
+    filling = at_next();
+  }
+
+  ColumnPanel at_next() const {
+    if (tile >= end) return {nullptr, 0, 0, 0, 0};
+    const bool up = tile < up_tiles;
+    const int64_t column = (up ? tile : tile - up_tiles) * kPanelLanes;
+    const int64_t width = up ? job.adapter.N : job.adapter.K;
+    return {up ? &job.dy : &job.x, row, min64(kRows, job.M - row), column, min64(kPanelLanes, width - column)};
+  }
+
+  ColumnsAhead ahead(int64_t to) const {
+    if (to <= filled || filled >= filling.rows) return {nullptr, 0, 0, 0};
+    const Matrix& m = filling.from->matrix;
+    const int64_t size = dtype_size(m.dtype), first = (filling.row + filled) * m.ld + filling.column;
+    return {(const char*)m.data + first * size, m.ld * size, min64(to, filling.rows) - filled, filling.lanes * size};
+  }
+
+  void fill(int64_t to) {
+    to = min64(to, filling.rows);
+    if (to > filled)
+      pack_lanes_from_columns<U>(*filling.from, filling.row + filled, to - filled, filling.column, filling.lanes,
+                                 kPanelLanes, next + filled / U::kElements * kPanelLanes);
+    filled = to > filled ? to : filled;
+  }
+
+  // The panel whose turn it is.
+  const uint32_t* take() {
+    fill(filling.rows);
+    uint32_t* ready = next;
+    next = panel, panel = ready;
+    row += kRows, filled = 0;
+    if (row >= job.M) row = 0, ++tile;
+    filling = at_next();
+    return ready;
+  }
+};
+
+// sums[r][64] = the r rows [M] of a_columns or dz_columns times the stream's next panels. One more row is for the sum
+// of the columns alone. Chains of additions are short, as eager's sums over rows err less than products do.
+template <class U>
+void column_sums(const BottleneckJob& job, PanelStream<U>& stream, const uint32_t* rows, bool one_more, float* sums) {
   constexpr int64_t kChain = U::kElements == 1 ? 64 : kChunkUnits, kSumChain = 32;
   const int64_t r = job.adapter.r, ld = job.ld_columns, units = units_of<U>(job.M);
-  float* sums = (float*)bottleneck_scratch(2, size_t(r + 1 + kChunkUnits) * kPanelLanes * 4);
-  uint32_t* panel = (uint32_t*)(sums + (r + 1) * kPanelLanes);
+  const int64_t tiles = (r + kTileRows - 1) / kTileRows;
+  const int64_t piece = ((PanelStream<U>::kRows + tiles - 1) / tiles + 1) / 2 * 2;
   for (int64_t u = 0; u < units; u += kChunkUnits) {
-    const int64_t n = min64(kChunkUnits, units - u), m = u * U::kElements, count = min64(n * U::kElements, job.M - m);
-    pack_lanes_from_columns<U>(from, m, count, c0, lanes, kPanelLanes, panel);
-    const auto add = [&](int64_t row, int64_t height, int64_t chain) {
-      for (int64_t v = 0; v < n; v += chain)
-        multiply_rows<U>((const char*)(rows + row * ld + u + v), ld * 4, height, panel + v * kPanelLanes,
-                         min64(chain, n - v), kPanelLanes, sums + row * kPanelLanes, kPanelLanes, u + v > 0);
+    const int64_t n = min64(kChunkUnits, units - u);
+    const uint32_t* panel = stream.take();
+    const auto add = [&](int64_t row, int64_t height, int64_t chain, ColumnsAhead ahead) {
+      const auto multiply = multiply_of<U, kPanelLanes / kVec, ColumnsAhead>(height);
+      for (int64_t v = 0; v < n; v += chain, ahead = ahead.after(chain))
+        multiply((const char*)(rows + row * ld + u + v), ld * 4, panel + v * kPanelLanes, min64(chain, n - v),
+                 sums + row * kPanelLanes, kPanelLanes, u + v > 0, ahead);
     };
-    // Meanwhile what is packed next comes closer: the same columns further down, or the next ones from the top.
-    const bool down = u + n < units;
-    const int64_t next_row = down ? m + count : 0, next_column = down ? c0 : c0 + kPanelLanes;
-    const int64_t next_rows = min64(kChunkUnits * U::kElements, job.M - next_row);
-    for (int64_t j = 0; j < r; j += kTileRows) {
-      const int64_t begin = next_rows * j / r, height = min64(kTileRows, r - j);
-      prefetch_tile(from.matrix.data, from.matrix.dtype, from.matrix.ld, next_row + begin,
-                    next_rows * (j + height) / r - begin, next_column);
-      add(j, height, kChain);
+    for (int64_t t = 0; t < tiles; ++t) {
+      add(t * kTileRows, min64(kTileRows, r - t * kTileRows), kChain, stream.ahead((t + 1) * piece));
+      stream.fill((t + 1) * piece);
     }
-    if (one_more) add(r, 1, kSumChain);
+    if (one_more) add(r, 1, kSumChain, {nullptr, 0, 0, 0});
   }
-  return sums;
 }
 
 template <class U>
-void up_gradient(const BottleneckJob& job, int64_t n0) {
+void up_gradient(const BottleneckJob& job, PanelStream<U>& stream, int64_t n0, float* sums) {
   const Adapter& adapter = job.adapter;
   const AdapterGradients& gradients = job.gradients;
   const int64_t r = adapter.r, lanes = min64(kPanelLanes, adapter.N - n0);
   prefetch_tile(gradients.up_weight, adapter.up.dtype, r, n0, lanes, 0);
-  float* sums = column_sums<U>(job, job.dy, job.a_columns, n0, lanes, gradients.up_bias || gradients.channel);
+  column_sums<U>(job, stream, job.a_columns, gradients.up_bias || gradients.channel, sums);
   const float factor = adapter.scaling * job.inverse_keep, *bias = sums + r * kPanelLanes;
   alignas(64) float dots[kPanelLanes] = {};
   for (int64_t g = 0; g < lanes; g += kVec) {
@@ -184,12 +237,12 @@ void up_gradient(const BottleneckJob& job, int64_t n0) {
 constexpr int64_t kSumRun = 8;
 
 template <class U>
-void down_gradient(const BottleneckJob& job, int64_t k0) {
+void down_gradient(const BottleneckJob& job, PanelStream<U>& stream, int64_t k0, float* sums) {
   const Adapter& adapter = job.adapter;
   const AdapterGradients& gradients = job.gradients;
   const int64_t lanes = min64(kPanelLanes, adapter.K - k0);
   prefetch_tile(gradients.down_weight, adapter.down.dtype, adapter.K, 0, adapter.r, k0);
-  const float* sums = column_sums<U>(job, job.x, job.dz_columns, k0, lanes, false);
+  column_sums<U>(job, stream, job.dz_columns, false, sums);
   for (int64_t g = 0; g < lanes; g += kVec) {
     const int64_t k = k0 + g, count = lanes - g;
     Vec weight = vec_set(1.0f), bias = vec_zero(), weight_total = vec_zero(), bias_total = vec_zero();
@@ -213,6 +266,19 @@ void down_gradient(const BottleneckJob& job, int64_t k0) {
     if (gradients.ln_weight) vec_store(gradients.ln_weight, adapter.ln_weight.dtype, k, weight_total, count);
     if (gradients.ln_bias) vec_store(gradients.ln_bias, adapter.ln_bias.dtype, k, bias_total, count);
   }
+}
+
+// Tiles [begin, end) of dWu and then dWd.
+template <class U>
+void weight_gradients(const BottleneckJob& job, int64_t up_tiles, int64_t begin, int64_t end) {
+  const int64_t size = (job.adapter.r + 1) * kPanelLanes;
+  float* sums = (float*)bottleneck_scratch(2, size_t(size + 2 * kChunkUnits * kPanelLanes) * 4);
+  PanelStream<U> stream(job, up_tiles, begin, end, (uint32_t*)(sums + size));
+  for (int64_t tile = begin; tile < end; ++tile)
+    if (tile < up_tiles)
+      up_gradient(job, stream, tile * kPanelLanes, sums);
+    else
+      down_gradient(job, stream, (tile - up_tiles) * kPanelLanes, sums);
 }
 
 }  // namespace

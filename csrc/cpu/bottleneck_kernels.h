@@ -58,8 +58,7 @@ struct BottleneckKernels {
   void (*pack_backward)(const BottleneckJob& job, int64_t item);
   void (*backward_rows)(const BottleneckJob& job, int64_t m0, int64_t m1);
   void (*sum_dz)(const BottleneckJob& job, int64_t rank);
-  void (*up_gradient)(const BottleneckJob& job, int64_t n0);
-  void (*down_gradient)(const BottleneckJob& job, int64_t k0);
+  void (*weight_gradients)(const BottleneckJob& job, int64_t up_tiles, int64_t begin, int64_t end);
 };
 
 // This thread's 64-byte aligned scratch, kept between calls because fresh pages cost more than the kernels do.

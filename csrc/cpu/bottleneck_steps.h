@@ -9,8 +9,8 @@ namespace {
 
 template <class U>
 constexpr BottleneckKernels bottleneck_kernels() {
-  return {U::kElements,     widen,     pack_items<U>,  pack_forward<U>, forward_rows<U>, pack_backward<U>,
-          backward_rows<U>, sum_dz<U>, up_gradient<U>, down_gradient<U>};
+  return {U::kElements,     widen,     pack_items<U>,      pack_forward<U>, forward_rows<U>, pack_backward<U>,
+          backward_rows<U>, sum_dz<U>, weight_gradients<U>};
 }
 
 }  // namespace
