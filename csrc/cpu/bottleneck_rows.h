@@ -48,8 +48,8 @@ void reduce(const BottleneckJob& job, const Source& from, int64_t length, RowBlo
   }
 }
 
-// The block's hidden times job.expand, tile by tile: begin(row, rows, column) before a product; then, for a whole tile
-// that `direct` says finish can take from registers, finish.whole(registers, row, column), else
+// The block's hidden times job.expand, tile by tile: for a whole tile that `direct` says finish can take from
+// registers, finish.whole(registers, row, column) after a product with finish.ahead(row, column), else
 // finish.part(sums, row, rows, column).
 template <class U, class Finish>
 void expand(const BottleneckJob& job, int64_t width, const RowBlock<U>& block, bool direct, const Finish& finish) {
@@ -61,10 +61,10 @@ void expand(const BottleneckJob& job, int64_t width, const RowBlock<U>& block, b
     const char* hidden = (const char*)(block.hidden + i * block.ld_hidden);
     for (int64_t n = 0; n < width; n += kPanelLanes) {
       const uint32_t* panel = job.expand + n * units;
-      finish.begin(i, count, n);
       if (direct && count == kTileRows && n + kPanelLanes <= width) {
-        multiply_tile<U, kTileRows, 4, kPanelLanes>(hidden, block.ld_hidden * 4, panel, units,
-                                                    [&](Vec(&acc)[kTileRows][4]) { finish.whole(acc, i, n); });
+        multiply_tile<U, kTileRows, 4, kPanelLanes>(
+            hidden, block.ld_hidden * 4, panel, units, [&](Vec(&acc)[kTileRows][4]) { finish.whole(acc, i, n); },
+            finish.ahead(i, n));
         continue;
       }
       for (int64_t u = 0; u < units; u += kChunkUnits)
@@ -119,9 +119,11 @@ struct FinishForward {
     return !job.adapter.dropout.active() && job.y_dtype == U::kDtype && (!added.data || added.dtype == U::kDtype);
   }
 
-  void begin(int64_t i, int64_t rows, int64_t n) const {
-    prefetch_tile(added.data, added.dtype, added.ld, m0 + i, rows, n);
-    prefetch_tile(job.y, job.y_dtype, job.adapter.N, m0 + i, rows, n);
+  TileAhead ahead(int64_t i, int64_t n) const {
+    TileAhead tile{};
+    if (added.data) tile.add(0, added.data, added.dtype, added.ld, m0 + i, n);
+    tile.add(1, job.y, job.y_dtype, job.adapter.N, m0 + i, n);
+    return tile;
   }
 
   PK_INLINE void whole(Vec (&acc)[kTileRows][4], int64_t i0, int64_t n0) const {
@@ -246,11 +248,13 @@ struct FinishBackward {
            (!job.adapter.add_x || dy.dtype == U::kDtype);
   }
 
-  void begin(int64_t i, int64_t rows, int64_t k) const {
+  TileAhead ahead(int64_t i, int64_t k) const {
     const Matrix &x = job.x.matrix, &dy = job.dy.matrix;
-    if (job.ln_weight) prefetch_tile(x.data, x.dtype, x.ld, block.m0 + i, rows, k);
-    if (job.adapter.add_x) prefetch_tile(dy.data, dy.dtype, dy.ld, block.m0 + i, rows, k);
-    prefetch_tile(job.gradients.dx, job.gradients.dx_dtype, job.adapter.K, block.m0 + i, rows, k);
+    TileAhead tile{};
+    if (job.ln_weight) tile.add(0, x.data, x.dtype, x.ld, block.m0 + i, k);
+    if (job.adapter.add_x) tile.add(1, dy.data, dy.dtype, dy.ld, block.m0 + i, k);
+    tile.add(2, job.gradients.dx, job.gradients.dx_dtype, job.adapter.K, block.m0 + i, k);
+    return tile;
   }
 
   PK_INLINE Vec finish(Vec v, int64_t i, int64_t k, DType x_dtype, DType dy_dtype, int64_t count) const {

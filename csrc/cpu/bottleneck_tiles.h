@@ -199,6 +199,25 @@ struct ColumnsAhead {
   ColumnsAhead after(int64_t steps) const { return {data + steps / 4 * ld, ld, rows - steps / 4, size}; }
 };
 
+// A tile of what a product is added to or stored to: kPanelLanes elements of kTileRows rows of up to three matrices.
+struct TileAhead {
+  const char* data[3];
+  int64_t ld[3], size;
+
+  void add(int i, const void* matrix, DType dtype, int64_t row_stride, int64_t row, int64_t column) {
+    const int64_t bytes = dtype_size(dtype);
+    data[i] = (const char*)matrix + (row * row_stride + column) * bytes;
+    ld[i] = row_stride * bytes, size = kPanelLanes * bytes;
+  }
+
+  PK_INLINE void operator()(int64_t u) const {
+    if (u >= kTileRows) return;
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i)
+      for (int64_t b = 0; data[i] && b < size; b += 64) __builtin_prefetch(data[i] + u * ld[i] + b);
+  }
+};
+
 // sink(rows[MR][units] panel[units][LANES]) for 16 G of the lanes, as registers.
 template <class U, int MR, int G, int LANES, class Sink, class Ahead = NothingAhead>
 PK_INLINE void multiply_tile(const char* rows, int64_t ld, const uint32_t* panel, int64_t units, const Sink& sink,
