@@ -81,28 +81,43 @@ void store_hidden(RowBlock<U>& block, int64_t i, const float* values) {
     vec_store(block.hidden + i * block.ld_hidden, U::kDtype, j, vec_load(values + j));
 }
 
-inline void row_statistics(const BottleneckJob& job, int64_t m) {
+// The sum over row m of x of what add(values, sum, how many of them) adds, with four additions under way at a time.
+template <class U, class Add>
+PK_INLINE float sum_row(const Matrix& x, int64_t m, int64_t K, const Add& add) {
+  Vec sums[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
+  int64_t k = 0;
+  if constexpr (U::kElements == 2) {
+    const uint16_t* row = (const uint16_t*)x.data + m * x.ld;
+    for (; k + 4 * kVec <= K; k += 4 * kVec)
+#pragma GCC unroll 2
+      for (int i = 0; i < 4; i += 2) {
+        Vec even, odd;
+        U::split(row + k + i * kVec, even, odd);
+        sums[i] = add(even, sums[i], kVec);
+        sums[i + 1] = add(odd, sums[i + 1], kVec);
+      }
+  }
+  for (; k < K; k += 4 * kVec)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int64_t count = K - k - i * kVec;
+      sums[i] = add(vec_load(x.data, x.dtype, m * x.ld + k + i * kVec, count), sums[i], count);
+    }
+  return vec_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <class U>
+void row_statistics(const BottleneckJob& job, int64_t m) {
   const Matrix& x = job.x.matrix;
   const int64_t K = job.adapter.K;
-  constexpr int kSums = 4;  // as many additions under way as the units take
-  const auto total = [](const Vec(&sums)[kSums]) { return vec_sum((sums[0] + sums[1]) + (sums[2] + sums[3])); };
-  Vec sums[kSums] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
-  for (int64_t k = 0; k < K; k += kSums * kVec)
-#pragma GCC unroll 4
-    for (int i = 0; i < kSums; ++i)
-      sums[i] = sums[i] + vec_load(x.data, x.dtype, m * x.ld + k + i * kVec, K - k - i * kVec);
-  const float mean = total(sums) / float(K);
-  for (Vec& sum : sums) sum = vec_zero();
-  for (int64_t k = 0; k < K; k += kSums * kVec)
-#pragma GCC unroll 4
-    for (int i = 0; i < kSums; ++i) {
-      const int64_t count = K - k - i * kVec;
-      Vec d = vec_load(x.data, x.dtype, m * x.ld + k + i * kVec, count) - vec_set(mean);
-      if (count < kVec) d = vec_first(d, count);
-      sums[i] = multiply_add(d, d, sums[i]);
-    }
+  const float mean = sum_row<U>(x, m, K, [](Vec v, Vec sum, int64_t) { return sum + v; }) / float(K);
+  const float squares = sum_row<U>(x, m, K, [mean](Vec v, Vec sum, int64_t count) {
+    Vec d = v - vec_set(mean);
+    if (count < kVec) d = vec_first(d, count);
+    return multiply_add(d, d, sum);
+  });
   job.stats[m] = mean;
-  job.stats[job.M + m] = 1.0f / __builtin_sqrtf(total(sums) / float(K) + job.ln_eps);
+  job.stats[job.M + m] = 1.0f / __builtin_sqrtf(squares / float(K) + job.ln_eps);
 }
 
 // y = residual + mask * gate * (s c (sum + bu)).
@@ -170,7 +185,7 @@ template <class U>
 void forward_rows(const BottleneckJob& job, int64_t m0, int64_t m1) {
   const Adapter& adapter = job.adapter;
   RowBlock<U> block(job, m0, m1);
-  for (int64_t m = m0; job.ln_weight && m < m1; ++m) row_statistics(job, m);
+  for (int64_t m = m0; job.ln_weight && m < m1; ++m) row_statistics<U>(job, m);
   reduce<U>(job, job.x, adapter.K, block);
   for (int64_t i = 0; i < block.rows; ++i) {
     float* z = block.sums + i * block.lanes;

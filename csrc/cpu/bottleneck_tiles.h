@@ -37,6 +37,11 @@ struct Bf16Unit {  // the products of bf16 are exact in vdpbf16ps, which adds th
   static PK_INLINE Vec along(Vec first, Vec second) {
     return {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second.v, first.v))};
   }
+  static PK_INLINE void split(const uint16_t* from, Vec& even, Vec& odd) {  // 32 elements
+    const __m512i raw = _mm512_loadu_si512(from);
+    even = {_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16))};
+    odd = {_mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(int(0xffff0000u))))};
+  }
   static PK_INLINE Vec across(Vec first, Vec second) {
     const __m512i low = _mm512_cvtepu16_epi32(round_bf16(first.v)), high = _mm512_cvtepu16_epi32(round_bf16(second.v));
     return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
@@ -56,16 +61,21 @@ PK_INLINE void store_pair(void* data, int64_t i, Vec first, Vec second) {
 }
 
 #if defined(__AVX512BF16__)
-// to[lane] = (first[lane], second[lane]) for 64 lanes.
-PK_INLINE void interleave_rows(const uint16_t* first, const uint16_t* second, uint32_t* to) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-#pragma GCC unroll 2
-  for (int64_t lane = 0; lane < kPanelLanes; lane += 32) {
-    const __m512i a = _mm512_loadu_si512(first + lane), b = _mm512_loadu_si512(second + lane);
-    _mm512_storeu_si512(to + lane, _mm512_permutex2var_epi16(a, low, b));
-    _mm512_storeu_si512(to + lane + kVec, _mm512_permutex2var_epi16(a, high, b));
+// to[lane] = (first[lane], second[lane]), each times scale[lane] unless it is null; lanes a multiple of sixteen.
+inline void interleave_rows(const uint16_t* first, const uint16_t* second, const float* scale, int64_t lanes,
+                            uint32_t* to) {
+  const auto load = [](const uint16_t* from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+  };
+  const auto scaled = [&](__m512i bits, int64_t lane) {
+    return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), _mm512_loadu_ps(scale + lane));
+  };
+  for (int64_t lane = 0; lane < lanes; lane += kVec) {
+    const __m512i low = load(first + lane), high = load(second + lane);
+    if (scale)
+      vec_store((float*)(to + lane), Bf16Unit::across({scaled(low, lane)}, {scaled(high, lane)}));
+    else
+      _mm512_storeu_si512(to + lane, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 }
 #endif
@@ -83,9 +93,11 @@ bool folds_norm(const BottleneckJob& job) {
   return U::kElements == 2 && job.ln_weight;
 }
 
-inline bool plain(const Source& from) {
-  return !from.subtract && !from.row_scale && !from.column_scale && !from.dropout.active();
+inline bool only_columns_scaled(const Source& from) {
+  return !from.subtract && !from.row_scale && !from.dropout.active();
 }
+
+inline bool plain(const Source& from) { return only_columns_scaled(from) && !from.column_scale; }
 
 // Elements [k, k + count) of row m, count <= 16; `mask` belongs to column k.
 PK_INLINE Vec read(const Source& from, int64_t m, int64_t k, int64_t count, const float* mask) {
@@ -134,6 +146,18 @@ void pack_rows(const Source& from, int64_t m0, int64_t rows, int64_t k0, int64_t
   }
 }
 
+// Elements [k, k + count) of row m as sixteen units.
+template <class U>
+PK_INLINE Vec read_units(const Source& from, int64_t m, int64_t k, int64_t count) {
+  if constexpr (U::kElements == 2) {
+    if (count >= 2 * kVec && plain(from) && from.matrix.dtype == U::kDtype)
+      return vec_load((const float*)((const uint16_t*)from.matrix.data + m * from.matrix.ld + k));
+    return U::along(read(from, m, k, count, nullptr), read(from, m, k + kVec, count - kVec, nullptr));
+  } else {
+    return read(from, m, k, count, nullptr);
+  }
+}
+
 // panel[unit][W]: lanes are rows [row0, row0 + lanes) of a weight, units its columns [k0, k0 + count).
 template <class U>
 void pack_lanes_from_rows(const Source& from, int64_t row0, int64_t lanes, int64_t k0, int64_t count, int64_t W,
@@ -143,13 +167,8 @@ void pack_lanes_from_rows(const Source& from, int64_t row0, int64_t lanes, int64
     for (int64_t u = 0; u < units; u += kVec) {
       Vec v[kVec];
       const int64_t k = u * U::kElements;
-      for (int64_t i = 0; i < kVec; ++i) {
-        v[i] = vec_zero();
-        if (lane + i >= lanes) continue;
-        Vec second = vec_zero();
-        if (U::kElements == 2) second = read(from, row0 + lane + i, k0 + k + kVec, count - k - kVec, nullptr);
-        v[i] = U::along(read(from, row0 + lane + i, k0 + k, count - k, nullptr), second);
-      }
+      for (int64_t i = 0; i < kVec; ++i)
+        v[i] = lane + i < lanes ? read_units<U>(from, row0 + lane + i, k0 + k, count - k) : vec_zero();
       vec_transpose(v);
       for (int64_t i = 0; i < min64(kVec, units - u); ++i) vec_store((float*)(panel + (u + i) * W + lane), v[i]);
     }
@@ -165,9 +184,10 @@ void pack_lanes_from_columns(const Source& from, int64_t m0, int64_t rows, int64
     const int64_t m = m0 + i;
     const bool pair = U::kElements == 2 && i + 1 < rows;
 #if defined(__AVX512BF16__)
-    if (U::kElements == 2 && pair && lanes == kPanelLanes && plain(from) && from.matrix.dtype == U::kDtype) {
+    if (U::kElements == 2 && pair && lanes == W && only_columns_scaled(from) && from.matrix.dtype == U::kDtype) {
       const uint16_t* row = (const uint16_t*)from.matrix.data + m * from.matrix.ld + k0;
-      interleave_rows(row, row + from.matrix.ld, panel);
+      const float* scale = from.column_scale ? from.column_scale + k0 : nullptr;
+      interleave_rows(row, row + from.matrix.ld, scale, lanes, panel);
       continue;
     }
 #endif
