@@ -92,8 +92,8 @@ def backward(
     m, k = dy.shape[0], down.shape[1]
     grads: list[torch.Tensor | None] = [torch.empty((m, k), dtype=x_dtype) if needs[0] else None]
     for parameter, needed in zip(parameters, needs[1:], strict=True):
-        wanted = needed and parameter is not None
-        grads.append(torch.empty(parameter.shape, dtype=parameter.dtype) if wanted else None)  # type: ignore[union-attr]
+        wanted = parameter if needed else None
+        grads.append(None if wanted is None else torch.empty_like(wanted, memory_format=torch.contiguous_format))
     native.core().bottleneck_backward(
         _adapter(down, up, vectors, scaling, activation, dropout_p, seed, add_x),
         (0, 0, k) if x is None else _matrix(x),
