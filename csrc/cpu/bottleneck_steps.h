@@ -1,8 +1,10 @@
 // The steps of bottleneck.cpp for one kind of unit.
 #pragma once
 
+#include "cpu/bottleneck_backward.h"
 #include "cpu/bottleneck_columns.h"
-#include "cpu/bottleneck_rows.h"
+#include "cpu/bottleneck_forward.h"
+#include "cpu/bottleneck_weights.h"
 
 namespace peft_kernels {
 namespace {
