@@ -51,7 +51,7 @@ BAD = {
 def test_bad_arguments(changed, message):
     x, down, up, y = torch.randn(5, 8), torch.randn(4, 8), torch.randn(8, 4), torch.full((5, 8), float("nan"))
     matrix = lambda t: (t.data_ptr(), 0, t.stride(0))  # noqa: E731
-    adapter = (matrix(down), matrix(up), 4, 8, 8, [0] * 6, 1.0, 1, 0.0, 0, False)
+    adapter = (matrix(down), matrix(up), 4, 8, 8, [(0, 0)] * 6, 1.0, 1, 0.0, 0, False)
     arguments = {
         "adapter": adapter, "x": matrix(x), "M": 5, "ln_eps": 1e-5, "residual": (0, 0, 0), "y": y.data_ptr(),
         "y_dtype": 0, "z": 0, "z_dtype": 0, "stats": 0,

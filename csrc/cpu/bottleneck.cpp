@@ -38,7 +38,7 @@ void check_adapter(const char* function, const Adapter& adapter, int64_t M) {
   require(adapter.activation >= Activation::Identity && adapter.activation < Activation::Count, function,
           "unknown activation code " + std::to_string(int(adapter.activation)));
   require(!adapter.add_x || adapter.K == adapter.N, function, "x as residual needs as many outputs as inputs");
-  require(adapter.ln_weight || !adapter.ln_bias, function, "ln_bias is given without ln_weight");
+  require(adapter.ln_weight.data || !adapter.ln_bias.data, function, "ln_bias is given without ln_weight");
 }
 
 // Hands out pieces of one block of memory: first counted, then given.
@@ -53,17 +53,32 @@ struct Arena {
   }
 };
 
+const float* widened(const BottleneckKernels& kernel, const Vector& vector, int64_t count, Arena& arena) {
+  if (!vector.data || vector.dtype == DType::F32) return (const float*)vector.data;
+  float* to = arena.take<float>(count);
+  if (to) kernel.widen(vector, count, to);
+  return to ? to : (const float*)vector.data;
+}
+
 template <typename Layout>
-void lay_out(BottleneckJob& job, Layout layout) {
-  Arena arena{nullptr};
-  layout(job, arena);
-  arena = {(char*)bottleneck_scratch(0, arena.used)};
-  layout(job, arena);
+void lay_out(BottleneckJob& job, const BottleneckKernels& kernel, Layout layout) {
+  const auto all = [&](Arena arena) {
+    const Adapter& from = job.adapter;
+    job.down_bias = widened(kernel, from.down_bias, from.r, arena);
+    job.up_bias = widened(kernel, from.up_bias, from.N, arena);
+    job.ln_weight = widened(kernel, from.ln_weight, from.K, arena);
+    job.ln_bias = widened(kernel, from.ln_bias, from.K, arena);
+    job.channel = widened(kernel, from.channel, from.N, arena);
+    job.gate = widened(kernel, from.gate, job.M, arena);
+    layout(job, arena);
+    return arena.used;
+  };
+  all({(char*)bottleneck_scratch(0, all({nullptr}))});
 }
 
 // With pairs of bfloat16 the steps multiply x as it is: see folds_norm.
 void use_statistics(BottleneckJob& job, const BottleneckKernels& kernel, const float* stats) {
-  if (!job.adapter.ln_weight) return;
+  if (!job.adapter.ln_weight.data) return;
   job.mean = stats, job.inverse_std = stats + job.M;
   if (kernel.elements == 1) job.x.subtract = job.mean, job.x.row_scale = job.inverse_std;
 }
@@ -97,7 +112,7 @@ void bottleneck_forward(const Adapter& adapter, const Matrix& x, int64_t M, floa
   check_matrix(function, "y", y, y_dtype, M, adapter.N, adapter.N);
   if (z) check_matrix(function, "z", z, z_dtype, M, adapter.r, adapter.r);
   if (residual.data) check_matrix(function, "residual", residual.data, residual.dtype, M, adapter.N, residual.ld);
-  require(stats || !adapter.ln_weight, function, "stats is null");
+  require(stats || !adapter.ln_weight.data, function, "stats is null");
   if (M == 0) return;
   const BottleneckKernels& kernel = kernels(adapter, x.dtype);
   BottleneckJob job{};
@@ -106,7 +121,7 @@ void bottleneck_forward(const Adapter& adapter, const Matrix& x, int64_t M, floa
   job.y = y, job.y_dtype = y_dtype, job.z = z, job.z_dtype = z_dtype;
   job.x = {x, nullptr, nullptr, nullptr, {}};
   use_statistics(job, kernel, stats);
-  lay_out(job, [&](BottleneckJob& to, Arena& arena) {
+  lay_out(job, kernel, [&](BottleneckJob& to, Arena& arena) {
     const int64_t lanes = round_up(adapter.N, kPanelLanes);
     to.reduce = arena.take<uint32_t>(ceil_div(adapter.K, kernel.elements) * job.rank_lanes);
     to.expand = arena.take<uint32_t>(lanes * ceil_div(adapter.r, kernel.elements));
@@ -134,12 +149,12 @@ void bottleneck_backward(const Adapter& adapter, const Matrix& x, int64_t M, con
   check_adapter(function, adapter, M);
   const bool need_up = gradients.up_weight || gradients.up_bias || gradients.channel;
   const bool need_down = gradients.down_weight || gradients.ln_weight || gradients.ln_bias;
-  const bool need_dz = need_down || gradients.down_bias, need_x = need_down || (gradients.dx && adapter.ln_weight);
+  const bool need_dz = need_down || gradients.down_bias, need_x = need_down || (gradients.dx && adapter.ln_weight.data);
   if (need_x) check_matrix(function, "x", x.data, x.dtype, M, adapter.K, x.ld);
   if (gradients.dx) check_matrix(function, "dx", gradients.dx, gradients.dx_dtype, M, adapter.K, adapter.K);
   check_matrix(function, "dy", dy.data, dy.dtype, M, adapter.N, dy.ld);
   check_matrix(function, "z", z.data, z.dtype, M, adapter.r, z.ld);
-  require(stats || !adapter.ln_weight, function, "stats is null");
+  require(stats || !adapter.ln_weight.data, function, "stats is null");
   if (M == 0) return;
   const BottleneckKernels& kernel = kernels(adapter, gradients.dx_dtype);
   BottleneckJob job{};
@@ -150,14 +165,14 @@ void bottleneck_backward(const Adapter& adapter, const Matrix& x, int64_t M, con
   use_statistics(job, kernel, stats);
   job.dy = {dy, nullptr, nullptr, nullptr, adapter.dropout};
   job.ld_columns = round_up(ceil_div(M, kernel.elements), 16) + 16;  // no power of two
-  lay_out(job, [&](BottleneckJob& to, Arena& arena) {
+  lay_out(job, kernel, [&](BottleneckJob& to, Arena& arena) {
     to.reduce = arena.take<uint32_t>(ceil_div(adapter.N, kernel.elements) * job.rank_lanes);
     to.expand = arena.take<uint32_t>(round_up(adapter.K, kPanelLanes) * ceil_div(adapter.r, kernel.elements));
     to.hidden_bias = arena.take<float>(job.rank_lanes);
     to.hidden_sum = arena.take<float>(job.rank_lanes);
     to.dz_sum = arena.take<float>(adapter.r);
     to.dz_mean = arena.take<float>(adapter.r);
-    if (gradients.gate && adapter.up_bias) to.gate_bias = arena.take<float>(adapter.N);
+    if (gradients.gate && adapter.up_bias.data) to.gate_bias = arena.take<float>(adapter.N);
     if (need_up) to.a_columns = arena.take<uint32_t>((adapter.r + 1) * job.ld_columns);
     if (need_dz) to.dz_columns = arena.take<uint32_t>(adapter.r * job.ld_columns);
   });
@@ -169,7 +184,7 @@ void bottleneck_backward(const Adapter& adapter, const Matrix& x, int64_t M, con
   const int threads = threads_of(job, 2);
   const int64_t packs = kernel.pack_items(job.rank_lanes, adapter.N, adapter.K);
   const int64_t up_tiles = need_up ? ceil_div(adapter.N, kPanelLanes) : 0;
-  const int64_t down_tiles = need_down ? ceil_div(adapter.K, kPanelLanes) : 0;
+  const int64_t tiles = up_tiles + (need_down ? ceil_div(adapter.K, kPanelLanes) : 0);
   const RowSplit split(M, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -181,12 +196,8 @@ void bottleneck_backward(const Adapter& adapter, const Matrix& x, int64_t M, con
 #pragma omp for schedule(static)
     for (int64_t rank = 0; rank < (need_dz ? adapter.r : 0); ++rank) kernel.sum_dz(job, rank);
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < up_tiles + down_tiles; ++item) {
-      if (item < up_tiles)
-        kernel.up_gradient(job, item * kPanelLanes);
-      else
-        kernel.down_gradient(job, (item - up_tiles) * kPanelLanes);
-    }
+    for (int64_t part = 0; part < threads; ++part)
+      kernel.weight_gradients(job, up_tiles, tiles * part / threads, tiles * (part + 1) / threads);
   }
 }
 

@@ -9,13 +9,18 @@
 
 namespace peft_kernels {
 
+struct Vector {  // contiguous, or null data
+  const void* data;
+  DType dtype;
+};
+
 struct Adapter {
-  Matrix down, up;                   // [r, K], [N, r]
-  int64_t r, K, N;                   //
-  const float *down_bias, *up_bias;  // [r], [N], or null
-  const float *ln_weight, *ln_bias;  // [K], or null: no layer norm (no bias)
-  const float *channel, *gate;       // factors [N] and [M], or null
-  float scaling;                     // a further factor
+  Matrix down, up;            // [r, K], [N, r]
+  int64_t r, K, N;            //
+  Vector down_bias, up_bias;  // [r], [N], or null
+  Vector ln_weight, ln_bias;  // [K], or null: no layer norm (no bias)
+  Vector channel, gate;       // factors [N] and [M], or null
+  float scaling;              // a further factor
   Activation activation;
   Dropout dropout;
   bool add_x;  // the residual is x itself (N = K)
@@ -25,12 +30,11 @@ struct Adapter {
 void bottleneck_forward(const Adapter& adapter, const Matrix& x, int64_t M, float ln_eps, const Matrix& residual,
                         void* y, DType y_dtype, void* z, DType z_dtype, float* stats);
 
-// Null where not wanted. Vectors are float32: [r], [N], [K], [K], [N], [M].
+// Null where not wanted. Contiguous, of the parameters' dtypes.
 struct AdapterGradients {
   void* dx;
-  DType dx_dtype;                 // x's, also without dx
-  void *down_weight, *up_weight;  // contiguous, of the weights' dtypes
-  float *down_bias, *up_bias, *ln_weight, *ln_bias, *channel, *gate;
+  DType dx_dtype;  // x's, also without dx
+  void *down_weight, *down_bias, *up_weight, *up_bias, *ln_weight, *ln_bias, *channel, *gate;
 };
 
 // x may be null data where neither its gradient with layer norm nor one of the down-projection is wanted.

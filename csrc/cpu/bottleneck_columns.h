@@ -1,93 +1,18 @@
-// The passes over columns: weights into panels, and weight gradients, each column's sum over all rows in one order.
+// The passes over columns: weight gradients, each column's sum over all rows in one order.
 #pragma once
 
+#include "cpu/bottleneck_pack.h"
 #include "cpu/bottleneck_tiles.h"
 
 namespace peft_kernels {
 namespace {
 
-// Which part of the packing an item is: a chunk of a reduce panel (64 lanes by kChunkUnits), a tile of the expand
-// panels, or sixteen sums over a row of Wd.
-struct PackItem {
-  enum Kind { Reduce, Expand, Sums } kind;
-  int64_t lane, begin;  // of the hidden; a unit of the reduced index, or a column of the expanded one
-
-  template <class U>
-  static PackItem of(const BottleneckJob& job, int64_t item, int64_t reduced, int64_t expanded) {
-    const int64_t chunks = (units_of<U>(reduced) + kChunkUnits - 1) / kChunkUnits;
-    const int64_t groups = (job.rank_lanes + kPanelLanes - 1) / kPanelLanes;
-    const int64_t tiles = (expanded + kPanelLanes - 1) / kPanelLanes;
-    if (item < chunks * groups) return {Reduce, item % groups * kPanelLanes, item / groups * kChunkUnits};
-    item -= chunks * groups;
-    if (item < tiles) return {Expand, 0, item * kPanelLanes};
-    return {Sums, (item - tiles) * kVec, 0};
-  }
-};
-
-template <class U>
-int64_t pack_items(int64_t rank_lanes, int64_t reduced, int64_t expanded) {
-  const int64_t chunks = (units_of<U>(reduced) + kChunkUnits - 1) / kChunkUnits;
-  return chunks * ((rank_lanes + kPanelLanes - 1) / kPanelLanes) + (expanded + kPanelLanes - 1) / kPanelLanes +
-         rank_lanes / kVec;
-}
-
-// hidden_bias = bd + Wd b and, with layer norm, the sums over k of Wd w as it is multiplied, for sixteen ranks.
-template <class U>
-void hidden_sums(const BottleneckJob& job, int64_t j0) {
-  const Adapter& adapter = job.adapter;
-  for (int64_t j = j0; j < j0 + kVec; ++j) {
-    job.hidden_bias[j] = job.hidden_sum[j] = 0;
-    if (j >= adapter.r) continue;
-    Vec bias = vec_zero(), sum = vec_zero();
-    for (int64_t k = 0; adapter.ln_weight && k < adapter.K; k += kVec) {
-      const Vec w = vec_load(adapter.down.data, adapter.down.dtype, j * adapter.down.ld + k, adapter.K - k);
-      if (adapter.ln_bias) bias = multiply_add(w, vec_load(adapter.ln_bias, DType::F32, k, adapter.K - k), bias);
-      sum = sum + U::rounded(w * vec_load(adapter.ln_weight, DType::F32, k, adapter.K - k));
-    }
-    job.hidden_bias[j] = vec_sum(bias) + (adapter.down_bias ? adapter.down_bias[j] : 0.0f);
-    job.hidden_sum[j] = vec_sum(sum);
-  }
-}
-
-template <class U>
-void pack_forward(const BottleneckJob& job, int64_t item) {
-  const Adapter& adapter = job.adapter;
-  const PackItem part = PackItem::of<U>(job, item, adapter.K, adapter.N);
-  const int64_t units = units_of<U>(adapter.K);
-  if (part.kind == PackItem::Sums) return hidden_sums<U>(job, part.lane);
-  if (part.kind == PackItem::Reduce) {
-    const int64_t W = min64(kPanelLanes, job.rank_lanes - part.lane), k = part.begin * U::kElements;
-    return pack_lanes_from_rows<U>({adapter.down, nullptr, nullptr, adapter.ln_weight, {}}, part.lane,
-                                   min64(W, adapter.r - part.lane), k, min64(kChunkUnits * U::kElements, adapter.K - k),
-                                   W, job.reduce + part.lane * units + part.begin * W);
-  }
-  const int64_t n0 = part.begin, lanes = min64(kPanelLanes, adapter.N - n0);
-  pack_lanes_from_rows<U>({adapter.up, nullptr, nullptr, nullptr, {}}, n0, lanes, 0, adapter.r, kPanelLanes,
-                          job.expand + n0 * units_of<U>(adapter.r));
-  for (int64_t n = n0; n < n0 + kPanelLanes; ++n) {
-    const float scale = n >= adapter.N ? 0.0f : adapter.scaling * (adapter.channel ? adapter.channel[n] : 1.0f);
-    job.column_scale[n] = scale;
-    job.column_bias[n] = n < adapter.N && adapter.up_bias ? scale * adapter.up_bias[n] : 0.0f;
-  }
-}
-
-template <class U>
-void pack_backward(const BottleneckJob& job, int64_t item) {
-  const Adapter& adapter = job.adapter;
-  const PackItem part = PackItem::of<U>(job, item, adapter.N, adapter.K);
-  if (part.kind == PackItem::Sums) return hidden_sums<U>(job, part.lane);
-  if (part.kind == PackItem::Reduce) {
-    const int64_t W = min64(kPanelLanes, job.rank_lanes - part.lane), n = part.begin * U::kElements;
-    const int64_t rows = min64(kChunkUnits * U::kElements, adapter.N - n);
-    for (int64_t i = n; job.gate_bias && i < n + rows; ++i)
-      job.gate_bias[i] = adapter.up_bias[i] * (adapter.channel ? adapter.channel[i] : 1.0f);
-    return pack_lanes_from_columns<U>({adapter.up, nullptr, adapter.channel, nullptr, {}}, n, rows, part.lane,
-                                      min64(W, adapter.r - part.lane), W,
-                                      job.reduce + part.lane * units_of<U>(adapter.N) + part.begin * W);
-  }
-  const int64_t k0 = part.begin;
-  pack_lanes_from_columns<U>({adapter.down, nullptr, nullptr, adapter.ln_weight, {}}, 0, adapter.r, k0,
-                             min64(kPanelLanes, adapter.K - k0), kPanelLanes, job.expand + k0 * units_of<U>(adapter.r));
+// A tile of a gradient that is written after the next product: too short a run for the hardware prefetcher.
+inline void prefetch_tile(const void* data, DType dtype, int64_t ld, int64_t row, int64_t rows, int64_t column) {
+  const int64_t size = dtype_size(dtype);
+  const char* from = (const char*)data + (row * ld + column) * size;
+  for (int64_t i = 0; data && i < rows; ++i, from += ld * size)
+    for (int64_t b = 0; b < kPanelLanes * size; b += 64) __builtin_prefetch(from + b);
 }
 
 template <class U>
@@ -105,48 +30,101 @@ void sum_dz(const BottleneckJob& job, int64_t rank) {
   }
   job.dz_sum[rank] = vec_sum(sum);
   job.dz_mean[rank] = vec_sum(mean_sum);
-  if (job.gradients.down_bias) job.gradients.down_bias[rank] = job.dz_sum[rank];
+  if (job.gradients.down_bias) store_f32(job.gradients.down_bias, rank, job.adapter.down_bias.dtype, job.dz_sum[rank]);
 }
 
-// sums[r][64] = the r rows [M] of a_columns or dz_columns times columns [c0, c0 + lanes) of x or dy. One more row is
-// for the sum of the columns alone. Chains of additions are short, as eager's sums over rows err less than products do.
+// Rows [row, row + rows) of columns [column, column + lanes) of x or dy, which a panel of units holds.
+struct ColumnPanel {
+  const Source* from;
+  int64_t row, rows, column, lanes;
+};
+
+// The panels that the tiles of both weight gradients multiply, in order: down each tile in chunks, tile after tile. Two
+// buffers: while the one is multiplied, the other is filled piece by piece. Rows of a power of two bytes share a few
+// sets of the cache, so that no more than a piece is brought closer at a time.
 template <class U>
-float* column_sums(const BottleneckJob& job, const Source& from, const uint32_t* rows, int64_t c0, int64_t lanes,
-                   bool one_more) {
+struct PanelStream {
+  static constexpr int64_t kRows = kChunkUnits * U::kElements;
+  const BottleneckJob& job;
+  int64_t up_tiles, end;  // the tiles [0, up_tiles) are of dWu, those up to `end` of dWd
+  int64_t tile, row;      // of the panel that is filled next
+  uint32_t *panel, *next;
+  ColumnPanel filling;
+  int64_t filled = 0;
+
+  PanelStream(const BottleneckJob& job, int64_t up_tiles, int64_t begin, int64_t end, uint32_t* buffers)
+      : job(job), up_tiles(up_tiles), end(end), tile(begin), row(0) {
+    panel = buffers, next = buffers + kChunkUnits * kPanelLanes;
+    filling = at_next();
+  }
+
+  ColumnPanel at_next() const {
+    if (tile >= end) return {nullptr, 0, 0, 0, 0};
+    const bool up = tile < up_tiles;
+    const int64_t column = (up ? tile : tile - up_tiles) * kPanelLanes;
+    const int64_t width = up ? job.adapter.N : job.adapter.K;
+    return {up ? &job.dy : &job.x, row, min64(kRows, job.M - row), column, min64(kPanelLanes, width - column)};
+  }
+
+  ColumnsAhead ahead(int64_t to) const {
+    if (to <= filled || filled >= filling.rows) return {nullptr, 0, 0, 0};
+    const Matrix& m = filling.from->matrix;
+    const int64_t size = dtype_size(m.dtype), first = (filling.row + filled) * m.ld + filling.column;
+    return {(const char*)m.data + first * size, m.ld * size, min64(to, filling.rows) - filled, filling.lanes * size};
+  }
+
+  void fill(int64_t to) {
+    to = min64(to, filling.rows);
+    if (to > filled)
+      pack_lanes_from_columns<U>(*filling.from, filling.row + filled, to - filled, filling.column, filling.lanes,
+                                 kPanelLanes, next + filled / U::kElements * kPanelLanes);
+    filled = to > filled ? to : filled;
+  }
+
+  // The panel whose turn it is.
+  const uint32_t* take() {
+    fill(filling.rows);
+    uint32_t* ready = next;
+    next = panel, panel = ready;
+    row += kRows, filled = 0;
+    if (row >= job.M) row = 0, ++tile;
+    filling = at_next();
+    return ready;
+  }
+};
+
+// sums[r][64] = the r rows [M] of a_columns or dz_columns times the stream's next panels. One more row is for the sum
+// of the columns alone. Chains of additions are short, as eager's sums over rows err less than products do.
+template <class U>
+void column_sums(const BottleneckJob& job, PanelStream<U>& stream, const uint32_t* rows, bool one_more, float* sums) {
   constexpr int64_t kChain = U::kElements == 1 ? 64 : kChunkUnits, kSumChain = 32;
   const int64_t r = job.adapter.r, ld = job.ld_columns, units = units_of<U>(job.M);
-  float* sums = (float*)bottleneck_scratch(2, size_t(r + 1 + kChunkUnits) * kPanelLanes * 4);
-  uint32_t* panel = (uint32_t*)(sums + (r + 1) * kPanelLanes);
+  const int64_t tiles = (r + kTileRows - 1) / kTileRows;
+  const int64_t piece = ((PanelStream<U>::kRows + tiles - 1) / tiles + 1) / 2 * 2;
   for (int64_t u = 0; u < units; u += kChunkUnits) {
-    const int64_t n = min64(kChunkUnits, units - u), m = u * U::kElements, count = min64(n * U::kElements, job.M - m);
-    pack_lanes_from_columns<U>(from, m, count, c0, lanes, kPanelLanes, panel);
-    const auto add = [&](int64_t row, int64_t height, int64_t chain) {
-      for (int64_t v = 0; v < n; v += chain)
-        multiply_rows<U>((const char*)(rows + row * ld + u + v), ld * 4, height, panel + v * kPanelLanes,
-                         min64(chain, n - v), kPanelLanes, sums + row * kPanelLanes, kPanelLanes, u + v > 0);
+    const int64_t n = min64(kChunkUnits, units - u);
+    const uint32_t* panel = stream.take();
+    const auto add = [&](int64_t row, int64_t height, int64_t chain, ColumnsAhead ahead) {
+      const auto multiply = multiply_of<U, kPanelLanes / kVec, ColumnsAhead>(height);
+      for (int64_t v = 0; v < n; v += chain, ahead = ahead.after(chain))
+        multiply((const char*)(rows + row * ld + u + v), ld * 4, panel + v * kPanelLanes, min64(chain, n - v),
+                 sums + row * kPanelLanes, kPanelLanes, u + v > 0, ahead);
     };
-    // Meanwhile what is packed next comes closer: the same columns further down, or the next ones from the top.
-    const bool down = u + n < units;
-    const int64_t next_row = down ? m + count : 0, next_column = down ? c0 : c0 + kPanelLanes;
-    const int64_t next_rows = min64(kChunkUnits * U::kElements, job.M - next_row);
-    for (int64_t j = 0; j < r; j += kTileRows) {
-      const int64_t begin = next_rows * j / r, height = min64(kTileRows, r - j);
-      prefetch_tile(from.matrix.data, from.matrix.dtype, from.matrix.ld, next_row + begin,
-                    next_rows * (j + height) / r - begin, next_column);
-      add(j, height, kChain);
+    for (int64_t t = 0; t < tiles; ++t) {
+      add(t * kTileRows, min64(kTileRows, r - t * kTileRows), kChain, stream.ahead((t + 1) * piece));
+      stream.fill((t + 1) * piece);
     }
-    if (one_more) add(r, 1, kSumChain);
+    if (one_more) add(r, 1, kSumChain, {nullptr, 0, 0, 0});
   }
-  return sums;
 }
 
 template <class U>
-void up_gradient(const BottleneckJob& job, int64_t n0) {
+void up_gradient(const BottleneckJob& job, PanelStream<U>& stream, int64_t n0, float* sums) {
   const Adapter& adapter = job.adapter;
   const AdapterGradients& gradients = job.gradients;
   const int64_t r = adapter.r, lanes = min64(kPanelLanes, adapter.N - n0);
   prefetch_tile(gradients.up_weight, adapter.up.dtype, r, n0, lanes, 0);
-  float* sums = column_sums<U>(job, job.dy, job.a_columns, n0, lanes, gradients.up_bias || gradients.channel);
+  column_sums<U>(job, stream, job.a_columns, gradients.up_bias || gradients.channel, sums);
   const float factor = adapter.scaling * job.inverse_keep, *bias = sums + r * kPanelLanes;
   alignas(64) float dots[kPanelLanes] = {};
   for (int64_t g = 0; g < lanes; g += kVec) {
@@ -158,17 +136,24 @@ void up_gradient(const BottleneckJob& job, int64_t n0) {
         const int64_t n = n0 + g + i;
         if (gradients.channel)
           dots[g + i] += vec_sum(v[i] * vec_load(adapter.up.data, adapter.up.dtype, n * adapter.up.ld + j, r - j));
-        const float scale = factor * (adapter.channel ? adapter.channel[n] : 1.0f);
+        const float scale = factor * (job.channel ? job.channel[n] : 1.0f);
         if (gradients.up_weight)
           vec_store(gradients.up_weight, adapter.up.dtype, n * r + j, v[i] * vec_set(scale), r - j);
       }
     }
   }
-  for (int64_t i = 0; i < lanes; ++i) {
-    const int64_t n = n0 + i;
-    if (gradients.up_bias) gradients.up_bias[n] = factor * (adapter.channel ? adapter.channel[n] : 1.0f) * bias[i];
-    if (gradients.channel)
-      gradients.channel[n] = factor * (dots[i] + (adapter.up_bias ? adapter.up_bias[n] * bias[i] : 0.0f));
+  for (int64_t g = 0; g < lanes; g += kVec) {
+    const int64_t n = n0 + g, count = lanes - g;
+    const Vec sum = vec_load(bias + g), scale = vec_set(factor);
+    if (gradients.up_bias) {
+      const Vec v = job.channel ? sum * vec_load(job.channel, DType::F32, n, count) : sum;
+      vec_store(gradients.up_bias, adapter.up_bias.dtype, n, v * scale, count);
+    }
+    if (gradients.channel) {
+      Vec v = vec_load(dots + g);
+      if (job.up_bias) v = multiply_add(sum, vec_load(job.up_bias, DType::F32, n, count), v);
+      vec_store(gradients.channel, adapter.channel.dtype, n, v * scale, count);
+    }
   }
 }
 
@@ -177,17 +162,17 @@ void up_gradient(const BottleneckJob& job, int64_t n0) {
 constexpr int64_t kSumRun = 8;
 
 template <class U>
-void down_gradient(const BottleneckJob& job, int64_t k0) {
+void down_gradient(const BottleneckJob& job, PanelStream<U>& stream, int64_t k0, float* sums) {
   const Adapter& adapter = job.adapter;
   const AdapterGradients& gradients = job.gradients;
   const int64_t lanes = min64(kPanelLanes, adapter.K - k0);
   prefetch_tile(gradients.down_weight, adapter.down.dtype, adapter.K, 0, adapter.r, k0);
-  const float* sums = column_sums<U>(job, job.x, job.dz_columns, k0, lanes, false);
+  column_sums<U>(job, stream, job.dz_columns, false, sums);
   for (int64_t g = 0; g < lanes; g += kVec) {
     const int64_t k = k0 + g, count = lanes - g;
     Vec weight = vec_set(1.0f), bias = vec_zero(), weight_total = vec_zero(), bias_total = vec_zero();
-    if (adapter.ln_weight) weight = vec_load(adapter.ln_weight, DType::F32, k, count);
-    if (adapter.ln_bias) bias = vec_load(adapter.ln_bias, DType::F32, k, count);
+    if (job.ln_weight) weight = vec_load(job.ln_weight, DType::F32, k, count);
+    if (job.ln_bias) bias = vec_load(job.ln_bias, DType::F32, k, count);
     for (int64_t j0 = 0; j0 < adapter.r; j0 += kSumRun) {
       Vec dweight = vec_zero(), dbias = vec_zero();
       for (int64_t j = j0; j < min64(adapter.r, j0 + kSumRun); ++j) {
@@ -203,9 +188,22 @@ void down_gradient(const BottleneckJob& job, int64_t k0) {
       weight_total = weight_total + dweight;
       bias_total = bias_total + dbias;
     }
-    if (gradients.ln_weight) vec_store(gradients.ln_weight, DType::F32, k, weight_total, count);
-    if (gradients.ln_bias) vec_store(gradients.ln_bias, DType::F32, k, bias_total, count);
+    if (gradients.ln_weight) vec_store(gradients.ln_weight, adapter.ln_weight.dtype, k, weight_total, count);
+    if (gradients.ln_bias) vec_store(gradients.ln_bias, adapter.ln_bias.dtype, k, bias_total, count);
   }
+}
+
+// Tiles [begin, end) of dWu and then dWd.
+template <class U>
+void weight_gradients(const BottleneckJob& job, int64_t up_tiles, int64_t begin, int64_t end) {
+  const int64_t size = (job.adapter.r + 1) * kPanelLanes;
+  float* sums = (float*)bottleneck_scratch(2, size_t(size + 2 * kChunkUnits * kPanelLanes) * 4);
+  PanelStream<U> stream(job, up_tiles, begin, end, (uint32_t*)(sums + size));
+  for (int64_t tile = begin; tile < end; ++tile)
+    if (tile < up_tiles)
+      up_gradient(job, stream, tile * kPanelLanes, sums);
+    else
+      down_gradient(job, stream, (tile - up_tiles) * kPanelLanes, sums);
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ struct Source {
 // One call. What its steps share lies in scratch that bottleneck.cpp lays out.
 struct BottleneckJob {
   Adapter adapter;
-  int64_t M, rank_lanes;            // r rounded up to 16
+  const float *down_bias, *up_bias, *ln_weight, *ln_bias, *channel, *gate;  // the adapter's vectors, or null
+  int64_t M, rank_lanes;                                                    // r rounded up to 16
   Source x, dy;                     // x normalized (unless pairs of bfloat16 are multiplied), dy masked
   const float *mean, *inverse_std;  // [M], with layer norm
   uint32_t *reduce, *expand;        // panels of the weight that the row pass sums over K or N first, and of the other
@@ -50,14 +51,14 @@ struct BottleneckJob {
 // Steps of one call, each an index space that threads share; a step starts when the one before it has ended.
 struct BottleneckKernels {
   int64_t elements;  // per unit
+  void (*widen)(const Vector& from, int64_t count, float* to);
   int64_t (*pack_items)(int64_t rank_lanes, int64_t reduced, int64_t expanded);
   void (*pack_forward)(const BottleneckJob& job, int64_t item);
   void (*forward_rows)(const BottleneckJob& job, int64_t m0, int64_t m1);
   void (*pack_backward)(const BottleneckJob& job, int64_t item);
   void (*backward_rows)(const BottleneckJob& job, int64_t m0, int64_t m1);
   void (*sum_dz)(const BottleneckJob& job, int64_t rank);
-  void (*up_gradient)(const BottleneckJob& job, int64_t n0);
-  void (*down_gradient)(const BottleneckJob& job, int64_t k0);
+  void (*weight_gradients)(const BottleneckJob& job, int64_t up_tiles, int64_t begin, int64_t end);
 };
 
 // This thread's 64-byte aligned scratch, kept between calls because fresh pages cost more than the kernels do.

@@ -5,4 +5,14 @@
 // reason *_avx2.cpp and *_avx512.cpp files keep their helpers in an anonymous namespace and use no std templates.
 #pragma once
 
+#include <cstdint>
+
 #define PK_INLINE inline __attribute__((always_inline))
+
+namespace peft_kernels {
+namespace {
+
+PK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace
+}  // namespace peft_kernels

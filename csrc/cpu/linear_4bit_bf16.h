@@ -5,16 +5,12 @@
 
 #include "cpu/linear_4bit_kernels.h"
 #include "cpu/philox.h"
-#include "cpu/transpose_avx512.h"
+#include "cpu/vec_avx512.h"
 
 namespace peft_kernels {
 namespace {
 
 constexpr int64_t kPrefetchRows = 16;  // a strided walk over W outruns the hardware prefetcher
-
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
 
 // The 256 values of nested statistics as four planes of bytes, so that vpermi2b looks 64 of them up at once: a third of
 // a cycle each where a scalar load and its store take two.
@@ -150,15 +146,6 @@ inline __m512i decode32(__m512i table, const uint8_t* packed) {
   const __m512i words = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)packed));
   return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, words), table);
 }
-
-inline __m512 load16(const void* data, DType dtype, int64_t i, __mmask16 lanes) {
-  if (dtype == DType::F32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(data) + i);
-  const __m256i half = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(data) + i);
-  if (dtype == DType::F16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-inline __m256i round_bf16(__m512 value) { return (__m256i)_mm512_cvtneps_pbh(value); }
 
 }  // namespace
 }  // namespace peft_kernels

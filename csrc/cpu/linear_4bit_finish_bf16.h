@@ -23,15 +23,16 @@ inline const float* pack_terms(const Linear4Job& job, int64_t lane0, int64_t lim
         for (int64_t j = 0; j < term.r; j += 16) {
           __m512i v[16];
           for (int64_t i = 0; i < 16; ++i)
-            v[i] = lane + i < limit ? _mm512_castps_si512(load16(term.right, term.dtype, (lane + i) * term.r + j,
-                                                                 first_lanes(term.r - j)))
-                                    : _mm512_setzero_si512();
+            v[i] =
+                lane + i < limit
+                    ? _mm512_castps_si512(load16(term.right, term.dtype, (lane + i) * term.r + j, first16(term.r - j)))
+                    : _mm512_setzero_si512();
           transpose16(v);
           for (int64_t i = 0; i < min64(16, term.r - j); ++i)
             _mm512_storeu_ps(to + (j + i) * kLinear4Lanes + 16 * g, _mm512_mul_ps(_mm512_castsi512_ps(v[i]), scaling));
         }
       } else {
-        const __mmask16 lanes = lane < limit ? first_lanes(limit - lane) : 0;
+        const __mmask16 lanes = lane < limit ? first16(limit - lane) : 0;
         for (int64_t j = 0; j < term.r; ++j)
           _mm512_storeu_ps(to + j * kLinear4Lanes + 16 * g,
                            _mm512_mul_ps(load16(term.right, term.dtype, j * limit + lane, lanes), scaling));
@@ -56,7 +57,7 @@ inline void store_rows(const __m512 (&c)[ROWS][kGroups], void* matrix, int64_t l
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g)
       if (tile.lanes > 16 * g)
-        _mm256_mask_storeu_epi16(out + i * ld + 16 * g, first_lanes(tile.lanes - 16 * g), round_bf16(c[i][g]));
+        _mm256_mask_storeu_epi16(out + i * ld + 16 * g, first16(tile.lanes - 16 * g), round_bf16(c[i][g]));
 }
 
 template <int ROWS>
@@ -65,7 +66,7 @@ inline void finish_rows(const Linear4Job& job, const FinishTile& tile) {
 #pragma GCC unroll 4
   for (int g = 0; g < kGroups; ++g) {
     const int64_t left = tile.lanes - 16 * g;
-    const __m512 bias = job.bias && left > 0 ? load16(job.bias, job.bias_dtype, tile.lane0 + 16 * g, first_lanes(left))
+    const __m512 bias = job.bias && left > 0 ? load16(job.bias, job.bias_dtype, tile.lane0 + 16 * g, first16(left))
                                              : _mm512_setzero_ps();
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i)
@@ -103,8 +104,7 @@ inline void finish_rows(const Linear4Job& job, const FinishTile& tile) {
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g) {
       const int64_t lane = tile.lane0 + 16 * g, left = tile.lanes - 16 * g;
-      const __m512 scale =
-          left > 0 ? _mm512_maskz_loadu_ps(first_lanes(left), job.out_scale + lane) : _mm512_setzero_ps();
+      const __m512 scale = left > 0 ? _mm512_maskz_loadu_ps(first16(left), job.out_scale + lane) : _mm512_setzero_ps();
 #pragma GCC unroll 4
       for (int i = 0; i < ROWS; ++i) c[i][g] = _mm512_mul_ps(c[i][g], scale);
     }

@@ -1,12 +1,11 @@
 // Loads, stores and block copies shared by the AVX-512 LoRA kernels. Included once per translation unit and ISA.
 #pragma once
 
-#include <immintrin.h>
-
 #include <type_traits>
 
 #include "cpu/lora_kernels.h"
 #include "cpu/philox.h"
+#include "cpu/vec_avx512.h"
 
 namespace peft_kernels {
 namespace {
@@ -14,8 +13,6 @@ namespace {
 struct Pair {
   __m512 v[2];
 };
-
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }  // no std templates: see cpu/inline.h
 
 inline __mmask32 first_lanes(int64_t n) { return n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1; }
 
@@ -47,11 +44,10 @@ struct LoadBf16 {
   static constexpr DType kDtype = DType::BF16;
   using type = uint16_t;
   static constexpr bool kSplit = false;
-  static __m512 widen(__m256i raw) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)); }
-  static __m512 half(const uint16_t* x, int h) { return widen(_mm256_loadu_si256((const __m256i*)(x + 16 * h))); }
+  static __m512 half(const uint16_t* x, int h) { return widen_bf16(_mm256_loadu_si256((const __m256i*)(x + 16 * h))); }
   static Pair load(const uint16_t* x, __mmask32 m) {
     const __m512i raw = _mm512_maskz_loadu_epi16(m, x);
-    return {{widen(_mm512_castsi512_si256(raw)), widen(_mm512_extracti64x4_epi64(raw, 1))}};
+    return {{widen_bf16(_mm512_castsi512_si256(raw)), widen_bf16(_mm512_extracti64x4_epi64(raw, 1))}};
   }
 };
 
@@ -96,43 +92,6 @@ inline void with_loader(DType dtype, F&& f) {
   f(Bf16Loader{});
 }
 
-inline __m512 load16(const void* data, DType dtype, int64_t index) {
-  if (dtype == DType::F32) return _mm512_loadu_ps((const float*)data + index);
-  const __m256i raw = _mm256_loadu_si256((const __m256i*)((const uint16_t*)data + index));
-  return dtype == DType::F16 ? _mm512_cvtph_ps(raw) : LoadBf16::widen(raw);
-}
-
-inline __m512 load16(const void* data, DType dtype, int64_t index, __mmask16 m) {
-  if (m == 0xFFFF) return load16(data, dtype, index);
-  if (dtype == DType::F32) return _mm512_maskz_loadu_ps(m, (const float*)data + index);
-  const __m256i raw = _mm256_maskz_loadu_epi16(m, (const uint16_t*)data + index);
-  return dtype == DType::F16 ? _mm512_cvtph_ps(raw) : LoadBf16::widen(raw);
-}
-
-inline __m256i round_bf16(__m512 v) {
-#ifdef __AVX512BF16__
-  return (__m256i)_mm512_cvtneps_pbh(v);
-#else
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-#endif
-}
-
-// A whole vector is not stored through a mask: Zen 4 splits masked stores into many operations.
-inline void store16(void* data, DType dtype, int64_t index, __m512 v, __mmask16 m) {
-  if (dtype == DType::F32) {
-    float* to = (float*)data + index;
-    return m == 0xFFFF ? _mm512_storeu_ps(to, v) : _mm512_mask_storeu_ps(to, m, v);
-  }
-  const __m256i raw =
-      dtype == DType::F16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : round_bf16(v);
-  uint16_t* to = (uint16_t*)data + index;
-  m == 0xFFFF ? _mm256_storeu_si256((__m256i*)to, raw) : _mm256_mask_storeu_epi16(to, m, raw);
-}
-
 template <class Loader>
 inline void store32(typename Loader::type* to, Pair v) {
 #ifdef __AVX512BF16__
@@ -142,28 +101,6 @@ inline void store32(typename Loader::type* to, Pair v) {
   }
 #endif
   for (int half = 0; half < 2; ++half) store16(to, Loader::kDtype, 16 * half, v.v[half], 0xFFFF);
-}
-
-inline void transpose16(__m512 (&r)[16]) {
-  __m512 t[16];
-  for (int i = 0; i < 16; i += 4) {
-    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[i], r[i + 1]));
-    const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(r[i + 2], r[i + 3]));
-    const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(r[i], r[i + 1]));
-    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(r[i + 2], r[i + 3]));
-    t[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-    t[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    t[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
-    t[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88);
-    const __m512 c = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xDD), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xDD);
-    r[i] = _mm512_shuffle_f32x4(a, b, 0x88);
-    r[i + 4] = _mm512_shuffle_f32x4(c, d, 0x88);
-    r[i + 8] = _mm512_shuffle_f32x4(a, b, 0xDD);
-    r[i + 12] = _mm512_shuffle_f32x4(c, d, 0xDD);
-  }
 }
 
 // to[row][col] = scale * from[row0 + row, col0 + col] in float32; columns zero-filled to a multiple of 32.

@@ -8,8 +8,6 @@
 namespace peft_kernels {
 namespace {
 
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }  // no std templates: see cpu/inline.h
-
 inline float multiply_add(float a, float b, float c) {
 #ifdef __FMA__
   return __builtin_fmaf(a, b, c);

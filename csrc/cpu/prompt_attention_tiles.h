@@ -22,10 +22,12 @@ constexpr int kTileRows = 2, kTileVectors = 1;
 template <class Unit, int VECTORS>
 inline void product_tile(const uint32_t* a, int64_t row_stride, int64_t k_stride, const uint32_t* b, int64_t ldb,
                          int64_t K, float* c, int64_t ldc, bool add) {
-  f32x16 sums[kTileRows][VECTORS] = {};
+  Vec sums[kTileRows][VECTORS];
+  for (int i = 0; i < kTileRows; ++i)
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = vec_zero();
   for (int64_t k = 0; k < K; ++k, a += k_stride, b += ldb) {
     typename Unit::Vector columns[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) columns[j] = load_vector<typename Unit::Vector>(b + kLanes * j);
+    for (int j = 0; j < VECTORS; ++j) columns[j] = Unit::load(b + kLanes * j);
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
       const typename Unit::Vector value = Unit::broadcast(a + i * row_stride);
@@ -36,7 +38,7 @@ inline void product_tile(const uint32_t* a, int64_t row_stride, int64_t k_stride
     for (int j = 0; j < VECTORS; ++j) {
       float* to = c + i * ldc + kLanes * j;
       // added last: a sum over all queries is a chain of block sums rather than one of single products
-      store_vector(to, add ? sums[i][j] + load_vector<f32x16>(to) : sums[i][j]);
+      vec_store(to, add ? sums[i][j] + vec_load(to) : sums[i][j]);
     }
 }
 
@@ -97,26 +99,23 @@ void scores_of(const PromptSizes& s, const PromptPanels& panels, const QueryBloc
   for (int64_t i = 0; i < block.rows; ++i)
     for (int64_t p = 0; p < block.columns; p += kLanes) {
       float* at = scores + i * block.columns + p;
-      const f32x16 scaled = load_vector<f32x16>(at) * splat(scale);
-      store_vector(at, p + kLanes <= block.seen[i] ? scaled : first_lanes_of(scaled, block.seen[i] - p, -INFINITY));
+      const Vec scaled = vec_load(at) * vec_set(scale);
+      vec_store(at, p + kLanes <= block.seen[i] ? scaled : vec_first(scaled, block.seen[i] - p, -INFINITY));
     }
 }
 
 // Weights of one row of scores, not yet divided by their sum; returns that and the largest score.
 template <class Unit>
 inline void exponentials(const float* scores, int64_t columns, uint32_t* weights, float* sum, float* largest) {
-  f32x16 most = load_vector<f32x16>(scores), sums = {};
-  for (int64_t p = kLanes; p < columns; p += kLanes) {
-    const f32x16 value = load_vector<f32x16>(scores + p);
-    most = value > most ? value : most;
-  }
-  *largest = max_lanes(most);
+  Vec most = vec_load(scores), sums = vec_zero();
+  for (int64_t p = kLanes; p < columns; p += kLanes) most = vec_larger(vec_load(scores + p), most);
+  *largest = vec_max(most);
   for (int64_t p = 0; p < columns; p += kLanes) {
-    const f32x16 weight = exponential(load_vector<f32x16>(scores + p) - splat(*largest));
-    sums += weight;
+    const Vec weight = exponential(vec_load(scores + p) - vec_set(*largest));
+    sums = sums + weight;
     Unit::store(weights + p / Unit::kStep, weight);
   }
-  *sum = sum_lanes(sums);
+  *sum = vec_sum(sums);
 }
 
 // out and lse of a row from the prompt's part: its weighted values, not yet divided by the weights' sum.
@@ -131,14 +130,14 @@ inline void merge(const PromptSizes& s, const QueryBlock& block, int64_t i, cons
   }
   *block.lse[i] = lse;
   for (int64_t d = 0; d < s.D; d += kLanes) {
-    const int64_t n = s.D - d < kLanes ? s.D - d : kLanes;
-    f32x16 merged = load_vector<f32x16>(prompted + d) * splat(of_prompt);
+    const int64_t n = s.D - d;
+    Vec merged = vec_load(prompted + d) * vec_set(of_prompt);
     if (block.in[i]) {
-      const f32x16 input = load_elements(block.in[i], options.dtype, d, n);
-      merged = multiply_add(input, splat(of_input), merged);
+      const Vec input = vec_load(block.in[i], options.dtype, d, n);
+      merged = multiply_add(input, vec_set(of_input), merged);
       if (options.gated && block.gate[i] == 0) merged = input;  // its signed zeros too
     }
-    store_elements(block.to[i], options.dtype, d, n, merged);
+    vec_store(block.to[i], options.dtype, d, merged, n);
   }
 }
 
@@ -167,20 +166,18 @@ void direct(const PromptSizes& s, const void* k, int64_t ldk, const void* v, int
   for (int64_t i = 0; i < block.rows; ++i) {
     Float32Unit::load_row(block.q[i], options.dtype, 0, s.D, s.Dp, (uint32_t*)q);
     for (int64_t p = 0; p < block.columns; ++p) {
-      f32x16 sums = {};
+      Vec sums = vec_zero();
       for (int64_t d = 0; d < s.D && p < block.seen[i]; d += kLanes)
-        sums = multiply_add(load_vector<f32x16>(q + d),
-                            load_elements(k, prompt_dtype, p * ldk + d, s.D - d < kLanes ? s.D - d : kLanes), sums);
-      scores[p] = p < block.seen[i] ? sum_lanes(sums) * options.scale : -INFINITY;
+        sums = multiply_add(vec_load(q + d), vec_load(k, prompt_dtype, p * ldk + d, s.D - d), sums);
+      scores[p] = p < block.seen[i] ? vec_sum(sums) * options.scale : -INFINITY;
     }
     float sum, largest;
     exponentials<Float32Unit>(scores, block.columns, (uint32_t*)scores, &sum, &largest);
     for (int64_t d = 0; d < s.D; d += kLanes) {
-      f32x16 sums = {};
+      Vec sums = vec_zero();
       for (int64_t p = 0; p < block.seen[i]; ++p)
-        sums = multiply_add(load_elements(v, prompt_dtype, p * ldv + d, s.D - d < kLanes ? s.D - d : kLanes),
-                            splat(scores[p]), sums);
-      store_vector(prompted + d, sums);
+        sums = multiply_add(vec_load(v, prompt_dtype, p * ldv + d, s.D - d), vec_set(scores[p]), sums);
+      vec_store(prompted + d, sums);
     }
     merge(s, block, i, options, prompted, sum, largest);
   }
@@ -190,28 +187,28 @@ void direct(const PromptSizes& s, const void* k, int64_t ldk, const void* v, int
 template <class Unit>
 inline void score_gradients(float* scores, const float* dweights, int64_t columns, float lse, const float* delta,
                             float gate, float scale, float* delta_to, uint32_t* weights, uint32_t* dscores) {
-  f32x16 sums = {};
+  Vec sums = vec_zero();
   for (int64_t p = 0; p < columns; p += kLanes) {
-    const f32x16 weight = exponential(load_vector<f32x16>(scores + p) - splat(lse));
-    store_vector(scores + p, weight);
-    sums = multiply_add(weight, load_vector<f32x16>(dweights + p), sums);
+    const Vec weight = exponential(vec_load(scores + p) - vec_set(lse));
+    vec_store(scores + p, weight);
+    sums = multiply_add(weight, vec_load(dweights + p), sums);
   }
-  if (delta_to) *delta_to = sum_lanes(sums);
-  const f32x16 mean = splat(delta_to ? *delta_to : *delta);
+  if (delta_to) *delta_to = vec_sum(sums);
+  const Vec mean = vec_set(delta_to ? *delta_to : *delta);
   for (int64_t p = 0; p < columns; p += kLanes) {
-    const f32x16 weight = load_vector<f32x16>(scores + p) * splat(gate);
+    const Vec weight = vec_load(scores + p) * vec_set(gate);
     Unit::store(weights + p / Unit::kStep, weight);
-    Unit::store(dscores + p / Unit::kStep, weight * (load_vector<f32x16>(dweights + p) - mean) * splat(scale));
+    Unit::store(dscores + p / Unit::kStep, weight * (vec_load(dweights + p) - mean) * vec_set(scale));
   }
 }
 
 inline float dot(const void* x, const void* y, DType dtype, int64_t n) {
-  f32x16 sums = {};
+  Vec sums = vec_zero();
   for (int64_t d = 0; d < n; d += kLanes) {
-    const int64_t count = n - d < kLanes ? n - d : kLanes;
-    sums = multiply_add(load_elements(x, dtype, d, count), load_elements(y, dtype, d, count), sums);
+    const int64_t count = n - d;
+    sums = multiply_add(vec_load(x, dtype, d, count), vec_load(y, dtype, d, count), sums);
   }
-  return sum_lanes(sums);
+  return vec_sum(sums);
 }
 
 template <class Unit>
@@ -245,10 +242,10 @@ void backward(const PromptSizes& s, const PromptPanels& panels, const QueryBlock
     product<Unit>(dscores, keys, 1, panels.kn, s.Dp, block.rows, s.Dp, keys, dq, false);
     for (int64_t i = 0; i < block.rows; ++i)
       for (int64_t d = 0; d < s.D; d += kLanes) {
-        const int64_t n = s.D - d < kLanes ? s.D - d : kLanes;
-        f32x16 value = load_vector<f32x16>(dq + i * s.Dp + d);
-        if (options.add_dq) value += load_elements(block.to[i], dtype, d, n);
-        store_elements(block.to[i], dtype, d, n, value);
+        const int64_t n = s.D - d;
+        Vec value = vec_load(dq + i * s.Dp + d);
+        if (options.add_dq) value = value + vec_load(block.to[i], dtype, d, n);
+        vec_store(block.to[i], dtype, d, value, n);
       }
   }
   if (!dk) return;

@@ -31,6 +31,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "bitsandbytes.nn.modules.LinearNF4": _BNB,
     "bitsandbytes.nn.modules.LinearFP4": _BNB,
 }
+_CONV1D = "transformers.pytorch_utils.Conv1D"  # GPT-2's linear layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,8 @@ def prepare_scale_bias(
             layers.append(name)
             for parameter in (module.scale, module.bias):
                 parameter.requires_grad_(True)  # type: ignore[union-attr]
+        elif _CONV1D in _names(module) and selected(name, module):
+            left.append((name, "a Conv1D of transformers, whose weight is (in, out); only nn.Linear gets a scale"))
         if train_norms and "Norm" in type(module).__name__:
             module.requires_grad_(True)
     return _finish(model, modules, whole, layers, left)
@@ -159,12 +162,14 @@ def _selection(model: nn.Module, include: Filters, exclude: Filters, also_train:
 
 def _classes_for(module: nn.Module) -> tuple[Any, Any] | None:
     """The prepared classes for a layer of exactly a known class, or prepared before; None for any other."""
-    for cls in type(module).__mro__:
-        entry = _CLASSES.get(f"{cls.__module__}.{cls.__qualname__}")
-        prepared = cls is type(module) or type(module).__module__.startswith("peft_kernels.integrations.")
-        if entry is not None and prepared:
-            return entry
-    return None
+    names = _names(module)
+    prepared = type(module).__module__.startswith("peft_kernels.integrations.")
+    return next((_CLASSES[name] for name in (names if prepared else names[:1]) if name in _CLASSES), None)
+
+
+def _names(module: nn.Module) -> list[str]:
+    """The qualified names of a module's class and its bases."""
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
 
 def _swap(module: Any, method: int, *, add_bias: bool) -> str | None:

@@ -109,6 +109,17 @@ def test_peer_defect_bias_is_cast_in_place(method):
         pk.replace_layers(model)
 
 
+def test_conv1d_is_reported():
+    """GPT-2's linear layers hold their weight the other way round; their biases are trained like any others."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(conv1d(8, 4), nn.Linear(8, 4))
+    report = pk.prepare_scale_bias(model)
+    assert set(report.trained) == {"1.scale", "1.bias"} and report.layers == ("1",)
+    assert [name for name, _ in report.left] == ["0"] and "left alone: 0: a Conv1D" in str(report)
+    assert pk.prepare_scale_bias(model, exclude="0").left == ()
+    assert set(pk.prepare_bitfit(model).trained) == {"0.bias", "1.bias"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_changes_only_what_is_trained(kind):
     model = block(kind)

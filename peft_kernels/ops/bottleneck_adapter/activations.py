@@ -51,6 +51,9 @@ def canonical(activation: object) -> str:
     return name
 
 
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+
 def activation_code(name: str) -> int:
     """What kernels know a canonical name by."""
-    return list(ACTIVATIONS).index(name)
+    return _CODES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,14 +103,11 @@ def bottleneck_adapter(
             x, down_weight, down_bias, up_weight, up_bias, activation=activation, scaling=scaling, residual=residual,
             ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, dropout_p=p,
         )  # fmt: skip
-    rows = x.reshape(-1, x.shape[-1])
-    added = None if residual is None or residual_is_x else residual.reshape(-1, out_features)
+    added = None if residual_is_x else residual
     options = (residual_is_x, activation, constant, float(ln_eps), p, draw_seeds([p], x.device))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given)):
-        y = _BottleneckAdapter.apply(options, backend, rows, added, *tensors)
-    else:
-        y, _, _ = torch.ops.peft_kernels.bottleneck_adapter_forward(rows, added, *tensors, *options, False, backend)
-    return y.view(*x.shape[:-1], out_features)
+        return _BottleneckAdapter.apply(options, backend, x, added, *tensors)
+    return _run(_FORWARD, _forward, x, added, *tensors, *options, False, backend)[0]
 
 
 def _check(x: torch.Tensor, parameters: dict[str, Any], residual: Any, dropout_p: float) -> int:
@@ -142,15 +140,24 @@ def _check(x: torch.Tensor, parameters: dict[str, Any], residual: Any, dropout_p
     return out_features
 
 
+_FORWARD = torch.ops.peft_kernels.bottleneck_adapter_forward
+_BACKWARD = torch.ops.peft_kernels.bottleneck_adapter_backward
+
+
+def _run(op: Any, function: Any, *arguments: Any):
+    """The library op where something has to see it (the tensors come first among the arguments), else its function."""
+    return (op if dispatch.observed(*arguments[:10]) else function)(*arguments)
+
+
 class _BottleneckAdapter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: tuple, backend: str, x: torch.Tensor, residual: Any, *tensors: Any):
-        y, z, stats = torch.ops.peft_kernels.bottleneck_adapter_forward(x, residual, *tensors, *options, True, backend)
+        y, z, stats = _run(_FORWARD, _forward, x, residual, *tensors, *options, True, backend)
         need = ctx.needs_input_grad
         keep_x = need[4] or tensors[4] is not None
         *kept, seed = options
         ctx.save_for_backward(x if keep_x else None, z, stats, seed, *tensors)
-        ctx.options, ctx.backend, ctx.x_dtype = tuple(kept), backend, x.dtype
+        ctx.options, ctx.backend, ctx.x_dtype = kept, backend, x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         return y
 
@@ -162,46 +169,64 @@ class _BottleneckAdapter(torch.autograd.Function):
         needs = [need[2], *need[4:]]
         grads: list[Any] = [None] * len(needs)
         if any(needs):
-            grads = torch.ops.peft_kernels.bottleneck_adapter_backward(
-                dy, x, z, stats, *tensors, *ctx.options, seed, ctx.x_dtype, needs, ctx.backend
+            grads = _run(
+                _BACKWARD, _backward, dy, x, z, stats, *tensors, *ctx.options, seed, ctx.x_dtype, needs, ctx.backend
             )
         dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
         return None, None, dx, dy.to(ctx.residual_dtype) if need[3] else None, *rest
 
 
+def _rows(t: torch.Tensor | None) -> torch.Tensor | None:
+    return t if t is None or t.ndim == 2 else t.reshape(-1, t.shape[-1])
+
+
 @torch.library.impl(_lib, "bottleneck_adapter_forward", "CompositeExplicitAutograd")
 def _forward(x, residual, *rest):
     *arguments, save, backend = rest
-    if x.shape[0] == 0:
+    batch = x.shape[:-1]
+    if batch.numel() == 0:
         return _forward_fake(x, residual, *rest)
-    return dispatch.implementation("bottleneck_adapter", backend).forward(x, residual, *arguments, save)
+    run = dispatch.implementation("bottleneck_adapter", backend).forward
+    y, z, stats = run(_rows(x), _rows(residual), *arguments, save)
+    if len(batch) != 1:
+        y.resize_(*batch, y.shape[1])  # unlike a view, it may be changed in place after autograd has seen it
+    return y, z, stats
 
 
 @torch.library.register_fake("peft_kernels::bottleneck_adapter_forward", lib=_lib)
 def _forward_fake(x, residual, down_weight, down_bias, up_weight, up_bias, ln_weight, *rest):
-    save, rows = rest[-2], x.shape[0]
+    save, batch = rest[-2], x.shape[:-1]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    z_shape = (rows, down_weight.shape[0]) if save else (0,)
-    stats_shape = (2, rows) if save and ln_weight is not None else (0,)
+    z_shape = (math.prod(batch), down_weight.shape[0]) if save else (0,)
+    stats_shape = (2, math.prod(batch)) if save and ln_weight is not None else (0,)
     return (
-        x.new_empty((rows, up_weight.shape[0]), dtype=dtype),
+        x.new_empty((*batch, up_weight.shape[0]), dtype=dtype),
         x.new_empty(z_shape, dtype=torch.promote_types(x.dtype, down_weight.dtype)),
         x.new_empty(stats_shape, dtype=torch.float32),
     )
 
 
-@torch.library.impl(_lib, "bottleneck_adapter_backward", "CompositeExplicitAutograd")
-def _backward(dy, *rest):
+def _backward(dy, x, *rest):
+    """dx, then a gradient like each parameter; None where not needed."""
     *arguments, backend = rest
-    if dy.shape[0] == 0:
-        return [out.zero_() for out in _backward_fake(dy, *rest)]
-    return dispatch.implementation("bottleneck_adapter", backend).backward(dy, *arguments)
+    batch = dy.shape[:-1]
+    if batch.numel() == 0:
+        return [out.zero_() for out in _backward_fake(dy, x, *rest)]
+    dx, *grads = dispatch.implementation("bottleneck_adapter", backend).backward(_rows(dy), _rows(x), *arguments)
+    if dx is not None and len(batch) != 1:
+        dx.resize_(*batch, dx.shape[1])
+    return [dx, *grads]
+
+
+@torch.library.impl(_lib, "bottleneck_adapter_backward", "CompositeExplicitAutograd")
+def _backward_op(dy, *rest):
+    return [dy.new_empty(0) if grad is None else grad for grad in _backward(dy, *rest)]
 
 
 @torch.library.register_fake("peft_kernels::bottleneck_adapter_backward", lib=_lib)
 def _backward_fake(dy, x, z, stats, down_weight, *rest):
-    """dx, then a gradient like each parameter; empty where not needed."""
+    """As `_backward`, with an empty tensor where a gradient is not needed."""
     tensors, (x_dtype, needs, _) = (down_weight, *rest[:7]), rest[-3:]
-    dx = dy.new_empty((dy.shape[0], down_weight.shape[1]) if needs[0] else (0,), dtype=x_dtype)
+    dx = dy.new_empty((*dy.shape[:-1], down_weight.shape[1]), dtype=x_dtype) if needs[0] else dy.new_empty(0)
     grads = [t.new_empty(t.shape) if needed else dy.new_empty(0) for t, needed in zip(tensors, needs[1:], strict=True)]
     return [dx, *grads]

@@ -113,8 +113,8 @@ def backward(
     seed: torch.Tensor | None,
     x_dtype: torch.dtype,
     needs: list[bool],
-) -> list[torch.Tensor]:
-    """dy (M, N) -> the gradients of x and of the eight parameters, empty where not needed."""
+) -> list[torch.Tensor | None]:
+    """dy (M, N) -> the gradients of x and of the eight parameters, None where not needed."""
     dy, x = row_major(dy), None if x is None else row_major(x)
     down, up = row_major(down_weight), row_major(up_weight)
     vectors = [None if v is None else v.contiguous() for v in (down_bias, up_bias, ln_weight, ln_bias, channel, gate)]
@@ -146,7 +146,7 @@ def backward(
     parameters = (down_weight, down_bias, up_weight, up_bias, ln_weight, ln_bias, channel, gate)
     dtypes = [x_dtype, *(dy.dtype if t is None else t.dtype for t in parameters)]
     return [
-        grad.to(dtype, memory_format=torch.contiguous_format) if needed else dy.new_empty(0)
+        grad.to(dtype, memory_format=torch.contiguous_format) if needed else None
         for grad, dtype, needed in zip(grads, dtypes, needs, strict=True)
     ]
 
