@@ -189,20 +189,23 @@ def measured(device: Device, m: int, n: int, k: int, results: Path = RESULTS) ->
 _LAUNCH_ROWS = {1: 1, 4: 1, 16: 16, 32: 32, 64: 64, 128: 256, 256: 256, 512: 256, 2048: None, 8192: None}
 
 
+def triton(device: Device, m: int, n: int, k: int, sass: dict[tuple[str, str], float], *, rank: int = 0) -> Prediction:
+    """The fused forward kernel as it is compiled for m rows, in the better of the two layouts; nan without a figure."""
+    kinds = ("nested", "nested tiled")
+    launches = (f"linear_4bit forward M={_LAUNCH_ROWS[m]} bf16 {kind} _linear_4bit_fwd_kernel" for kind in kinds)
+    figures = [sass[device.target, launch] for launch in launches if (device.target, launch) in sass]
+    if not figures:
+        return Prediction(math.nan, 0, 0, 0)
+    most = 128 if device.target == "sm_90" else 64
+    block_m = next(size for size in (8, 16, 32, 64, 128) if size >= min(m, most))
+    splits = 4 if m <= 32 else 2 if m <= 64 else 1  # the sum of the planes included
+    return fused(device, m, n, k, min(figures), block_m=block_m, splits=splits, rank=rank)
+
+
 def rows(device: Device, n: int, k: int, sass: dict[tuple[str, str], float]) -> Iterator[tuple[int, float, float]]:
     """(m, seconds fused or nan where there is no figure, seconds of decode + GEMM) for each number of rows."""
-    for m, compiled in _LAUNCH_ROWS.items():
-        # the better of the two layouts
-        kinds = ("nested", "nested tiled")
-        launches = (f"linear_4bit forward M={compiled} bf16 {kind} _linear_4bit_fwd_kernel" for kind in kinds)
-        figures = [sass[device.target, launch] for launch in launches if (device.target, launch) in sass]
-        most = 128 if device.target == "sm_90" else 64
-        block_m = next(size for size in (8, 16, 32, 64, 128) if size >= min(m, most))
-        seconds = math.nan
-        if figures:
-            splits = 4 if m <= 32 else 2 if m <= 64 else 1  # the sum of the planes included
-            seconds = fused(device, m, n, k, min(figures), block_m=block_m, splits=splits).seconds
-        yield m, seconds, decode_and_gemm(device, m, n, k)
+    for m in _LAUNCH_ROWS:
+        yield m, triton(device, m, n, k, sass).seconds, decode_and_gemm(device, m, n, k)
 
 
 def _cuda_cells(device: Device, m: int, n: int, k: int, floor: float) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from . import model_training as training
+from . import tables
 from .environment import RESULTS
 from .model import (
     COPY,
@@ -19,11 +20,13 @@ from .model import (
     LAUNCH,
     NESTED_BYTES,
     Device,
-    Prediction,
+    cuda_row,
     decode_and_gemm,
-    fused,
+    few_rows,
     gemm,
     records,
+    sass_table,
+    triton,
 )
 from .shapes import RANK, SETS
 
@@ -73,23 +76,18 @@ def _training_bars(device: Device) -> Iterator[Bar]:
 
 def _small_bars(device: Device, sass: dict[tuple[str, str], float]) -> Iterator[Bar]:
     n, k = LARGE
-
-    def of(m: int, compiled: int, rank: int = 0) -> Prediction:
-        launch = f"linear_4bit forward M={compiled} bf16 nested _linear_4bit_fwd_kernel"
-        per_weight = sass.get((device.target, launch))
-        if per_weight is None:
-            return Prediction(math.nan, 0, 0, 0)
-        block_m = 16 if m <= 16 else min(m, 128)
-        return fused(device, m, n, k, per_weight, block_m=block_m, splits=2 if m <= 32 else 1, rank=rank)
-
-    floor = NESTED_BYTES * n * k / (device.bandwidth * COPY)
+    floor, share = NESTED_BYTES * n * k / (device.bandwidth * COPY), "share of copy bandwidth"
     for m in (1, 16):
         where = ("linear_4bit", "time of streaming", m)
-        yield Bar(f"decode, {n}x{k}, M={m}", "share of copy bandwidth", 0.7, True, floor / of(m, 1).seconds, where)
-    lora = of(16, 1, RANK).seconds / of(16, 1).seconds
+        seconds = triton(device, m, n, k, sass).seconds
+        yield Bar(f"decode, {n}x{k}, M={m}", share, 0.7, True, floor / seconds, where)
+        if row := cuda_row(device, m, by_table=True):
+            seconds = few_rows(device, m, n, k, row).seconds
+            yield Bar(f"the same in CUDA C++, asked for by name, M={m}", share, 0.7, True, floor / seconds)
+    lora = triton(device, 16, n, k, sass, rank=RANK).seconds / triton(device, 16, n, k, sass).seconds
     yield Bar(f"decode, {n}x{k}, M=16, r={RANK}", "time with LoRA / without", 1.08, False, lora)
-    for m, compiled in ((32, 32), (64, 64), (128, 256), (256, 256)):
-        ratio = decode_and_gemm(device, m, n, k) / of(m, compiled).seconds
+    for m in (32, 64, 128, 256):
+        ratio = decode_and_gemm(device, m, n, k) / triton(device, m, n, k, sass).seconds
         yield Bar(f"NF4, {n}x{k}, M={m}", "time of decode + GEMM / ours", 1.0, True, ratio)
 
 
@@ -132,18 +130,32 @@ def measured(device: Device, bar: Bar, results: Path = RESULTS) -> float | None:
     return None
 
 
-def bars_table(device: Device, sass: dict[tuple[str, str], float]) -> Table:
-    """Goal, prediction, measurement."""
-    table = Table(title=f"goals on {device.name}: predicted, and measured where a visit left results")
-    for column in ("work", "figure", "goal", "predicted", "met", "measured"):
-        table.add_column(column)
+HEADER = ["work", "figure", "goal", "predicted", "met", "measured"]
+
+
+def bar_cells(device: Device, sass: dict[tuple[str, str], float]) -> list[list[str]]:
+    """Goal, prediction, measurement: the cells of every row."""
+    rows = []
     for bar in bars(device, sass):
         real = measured(device, bar)
         bound = f"{'>=' if bar.at_least else '<='} {bar.bound:g}"
         shown = "-" if math.isnan(bar.predicted) else f"{bar.predicted:.2f}"
         met = "-" if math.isnan(bar.predicted) else "yes" if bar.met else "no"
-        table.add_row(bar.work, bar.goal, bound, shown, met, "-" if real is None else f"{real:.2f}")
+        rows.append([bar.work, bar.goal, bound, shown, met, "-" if real is None else f"{real:.2f}"])
+    return rows
+
+
+def bars_table(device: Device, sass: dict[tuple[str, str], float]) -> Table:
+    """For the terminal."""
+    table = Table(*HEADER, title=f"goals on {device.name}: predicted, and measured where a visit left results")
+    for row in bar_cells(device, sass):
+        table.add_row(*row)
     return table
+
+
+def markdown(path: Path) -> str:
+    """For the README, from an ahead-of-time table."""
+    return tables.markdown_table([HEADER, *bar_cells(DEVICES[0], sass_table(path))])
 
 
 def ways_table() -> Table:

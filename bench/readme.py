@@ -1,6 +1,7 @@
 """The README's figure tables, generated from committed JSON so that no figure is typed by hand.
 
-A table stands between `<!-- figures: bench/results/<device>/<group>.json -->` and `<!-- end figures -->`.
+A table stands between `<!-- figures: bench/results/<device>/<group>.json -->` and `<!-- end figures -->`. That of
+`bench/results/aot.json` has the goals on a GPU, as predicted from it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from . import method_pick, tables
+from . import method_pick, model_bars, tables
 from .environment import ROOT
 
 README = ROOT / "README.md"
@@ -28,8 +29,14 @@ def updated(text: str, root: Path = ROOT) -> str:
         path = root / match["path"]
         if not path.exists():
             return match[0]
-        result = json.loads(path.read_text(encoding="utf-8"))
-        markdown = method_pick.markdown if result["group"] == "methods" else tables.markdown
-        return f"{match[1]}\n{markdown(result)}\n\n{match[4]}"
+        return f"{match[1]}\n{markdown(path)}\n\n{match[4]}"
 
     return BLOCK.sub(table, text)
+
+
+def markdown(path: Path) -> str:
+    """The table of one JSON."""
+    if path.name == "aot.json":
+        return model_bars.markdown(path)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return method_pick.markdown(result) if result["group"] == "methods" else tables.markdown(result)
