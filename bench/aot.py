@@ -80,13 +80,23 @@ def loaded_bytes(sass: str, warps: int) -> Counter[int]:
     """What a program loads from global memory in each turn of its main loop: bytes by the width of the loads."""
     _, bodies = assembly(sass)
     loop = max((body for body in bodies if any(_MATRIX.match(name) for name in body)), key=len)
-    loaded: Counter[int] = Counter()
-    for name in loop:
+    return _traffic(loop, ("LDG", "LDGSTS"), warps)
+
+
+def stored_bytes(sass: str, warps: int) -> int:
+    """What a program stores to global memory, each store being made once and no lane masked."""
+    return _traffic(assembly(sass)[0], ("STG", "RED", "ATOM", "ATOMG"), warps).total()
+
+
+def _traffic(names: list[str], kinds: tuple[str, ...], warps: int) -> Counter[int]:
+    """Bytes by the width of the accesses."""
+    moved: Counter[int] = Counter()
+    for name in names:
         kind, *suffixes = name.split(".")
-        if kind in ("LDG", "LDGSTS"):
+        if kind in kinds:
             width = next((_BYTES[suffix] for suffix in suffixes if suffix in _BYTES), 4)
-            loaded[width] += width * warps * WARP
-    return loaded
+            moved[width] += width * warps * WARP
+    return moved
 
 
 def triton_rows(operation: str, case: Any, machine: Any, compiled: Any = None) -> Iterator[tuple[Row, Any]]:

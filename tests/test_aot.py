@@ -108,13 +108,18 @@ def test_few_instructions_a_weight_on_hopper(rows, layout):
 
 @pytest.mark.parametrize("layout", ["bnb", "tiled"])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_decode_loads_every_byte_once(rows, layout):
-    """In each turn of the loop: the weight's bytes and its scales' once, x's once; the weight's by 16 bytes."""
+def test_decode_moves_every_byte_once(rows, layout):
+    """In each turn of the loop: the weight's bytes and its scales' once, x's once; the weight's by 16 bytes.
+
+    What a program stores is its tile of the sums, in float32 and once.
+    """
     launch, report = hopper(f"M={rows} bf16 nested", layout)
     loaded = gate.loaded_bytes(aot.sass(report), launch.options["num_warps"])
+    stored = gate.stored_bytes(aot.sass(report), launch.options["num_warps"])
     block_m, block_n, block_k = (launch.args[f"BLOCK_{side}"] for side in "MNK")
     weight, x, scales = block_n * block_k // 2, 2 * block_m * block_k, block_n * block_k // 64
     wide_x = x if rows == 16 and layout == "tiled" else 0  # in another layout x's rows come in pieces
+    assert stored == 4 * block_m * block_n if rows == 16 else 0 < stored <= 4 * block_m * block_n  # masked at M = 1
     assert loaded[16] == weight + wide_x
     assert loaded[1] == scales
     # beside x: each row's second-level scale, and the table entry of each block's code, which stays in the L1 cache
