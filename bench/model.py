@@ -208,6 +208,19 @@ def rows(device: Device, n: int, k: int, sass: dict[tuple[str, str], float]) -> 
         yield m, triton(device, m, n, k, sass).seconds, decode_and_gemm(device, m, n, k)
 
 
+# Instructions per weight of what bitsandbytes 0.50.2 runs for up to so many rows of bfloat16 on sm_90: the loops of
+# gemm_4bit_sm80_m16n8k16 with tiles 32x64x128 and 64x64x64, counted in its wheel (a test counts them again).
+BNB_SASS = {32: 8.125, 64: 11.0}
+
+
+def bitsandbytes(device: Device, m: int, n: int, k: int) -> float:
+    """Seconds of bitsandbytes' fused kernel for at most 64 rows, and of decode + GEMM for more."""
+    block_m = next((rows for rows in BNB_SASS if m <= rows), None)
+    if block_m is None:
+        return decode_and_gemm(device, m, n, k)
+    return fused(device, m, n, k, BNB_SASS[block_m], block_m=block_m).seconds
+
+
 def _cuda_cells(device: Device, m: int, n: int, k: int, floor: float) -> Iterator[str]:
     for by_table in (True, False):
         row = cuda_row(device, m, by_table)

@@ -20,6 +20,7 @@ from .model import (
     LAUNCH,
     NESTED_BYTES,
     Device,
+    bitsandbytes,
     cuda_row,
     decode_and_gemm,
     few_rows,
@@ -86,9 +87,12 @@ def _small_bars(device: Device, sass: dict[tuple[str, str], float]) -> Iterator[
             yield Bar(f"the same in CUDA C++, asked for by name, M={m}", share, 0.7, True, floor / seconds)
     lora = triton(device, 16, n, k, sass, rank=RANK).seconds / triton(device, 16, n, k, sass).seconds
     yield Bar(f"decode, {n}x{k}, M=16, r={RANK}", "time with LoRA / without", 1.08, False, lora)
-    for m in (32, 64, 128, 256):
-        ratio = decode_and_gemm(device, m, n, k) / triton(device, m, n, k, sass).seconds
-        yield Bar(f"NF4, {n}x{k}, M={m}", "time of decode + GEMM / ours", 1.0, True, ratio)
+    for m, bound in ((16, 1.5), (32, 1.0), (64, 1.0), (128, 1.0), (256, 1.0)):
+        ours = triton(device, m, n, k, sass).seconds
+        theirs, goal = bitsandbytes(device, m, n, k) / ours, "time of bitsandbytes / ours"
+        yield Bar(f"NF4, {n}x{k}, M={m}", goal, bound, True, theirs, ("linear_4bit", goal, m))
+        vendor = decode_and_gemm(device, m, n, k) / ours
+        yield Bar(f"NF4, {n}x{k}, M={m}", "time of decode + GEMM / ours", 1.0, True, vendor)
 
 
 def _other_bars(device: Device) -> Iterator[Bar]:

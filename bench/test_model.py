@@ -2,10 +2,13 @@
 
 import json
 import math
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from bench import model, model_bars, model_training
+from bench import aot, model, model_bars, model_training
 
 N, K = 14336, 4096
 H100 = model.DEVICES[0]
@@ -120,6 +123,28 @@ def test_bars(tmp_path):
     (tmp_path / "gpu" / "lora_linear.json").write_text(json.dumps(record))
     assert model_bars.measured(H100, first, tmp_path) == 1.25
     assert model_bars.measured(H100, bars[1], tmp_path) is None
+
+
+def test_instructions_of_bitsandbytes(tmp_path):
+    """Counted in its wheel; a warp's matrix product makes 2048 multiply-adds, which gives the number of warps."""
+    bnb, triton = pytest.importorskip("bitsandbytes"), pytest.importorskip("triton")
+    library = Path(bnb.__file__).with_name("libbitsandbytes_cuda130.so")
+    if bnb.__version__ != "0.50.2" or not library.exists():
+        pytest.skip("another version of bitsandbytes")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    subprocess.run([tools / "cuobjdump", "--extract-elf", "sm_90", library], cwd=tmp_path, check=True)
+    (cubin,) = tmp_path.glob("*sm_90.cubin")
+    code = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    functions = dict(part.split(":", 1) for part in re.split(r"^\.text\.", code, flags=re.MULTILINE)[1:])
+    for rows, tile in {32: (32, 64, 128), 64: (64, 64, 64)}.items():
+        sides = "".join(f"Li{side}E" for side in tile)
+        name = f"_Z23gemm_4bit_sm80_m16n8k16I13__nv_bfloat16{sides}E"
+        (function,) = (text for found, text in functions.items() if found.startswith(name))
+        loops = [loop for loop in aot.assembly(function)[1] if any(op.startswith("HMMA") for op in loop)]
+        (loop,) = loops
+        products = sum(op.startswith("HMMA") for op in loop)
+        warps = math.prod(tile) / 2048 / products
+        assert model.BNB_SASS[rows] == pytest.approx(len(loop) * warps * 32 / (tile[1] * tile[2]), abs=0.1)
 
 
 def test_tables(tmp_path, capsys):
