@@ -152,6 +152,16 @@ def test_every_peer_is_entered_somewhere():
     assert names <= entered, names - entered
 
 
+def test_contenders_take_turns_in_every_order():
+    """None always comes after the same other, whose data it would find in the caches."""
+    log = []
+    names = ("a", "b", "c")
+    effort = timing.Effort(seconds=0.0, sample=1e-9, min_rounds=20, max_rounds=20)
+    timing.measure({name: [lambda name=name: log.append(name)] for name in names}, effort)
+    rounds = [tuple(log[i : i + 3]) for i in range(len(log) - 60, len(log), 3)]
+    assert all(sorted(order) == list(names) for order in rounds) and len(set(rounds)) == 6
+
+
 def test_device_clock_flushes_before_each_call(monkeypatch):
     """The order of things on a GPU, and milliseconds to seconds; the device is a stand-in."""
     log = []

@@ -1,7 +1,8 @@
 """Interleaved timing: the figure is a ratio of neighbours in time, so a busy machine disturbs both of its terms.
 
-In each round every contender is sampled once, in an order that rotates from round to round. A sample repeats the call
-until it lasts long enough for the clock. Ratios are taken within a round, and their median over the rounds is reported.
+In each round every contender is sampled once, in an order drawn anew for each round: what the one before leaves in the
+caches is nobody's lasting advantage. A sample repeats the call until it lasts long enough for the clock. Ratios are
+taken within a round, and their median over the rounds is reported.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import gc
 import itertools
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -115,13 +117,12 @@ def measure(
     per_round = sum(once[name] * repeat[name] for name in contenders)
     rounds = min(effort.max_rounds, max(effort.min_rounds, int(effort.seconds / per_round)))
 
-    names, times = list(contenders), {name: [] for name in contenders}
+    order, times = random.Random(0), {name: [] for name in contenders}
     gc.collect()
     gc.disable()
     try:
         for i in range(rounds):
-            turn = i % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in order.sample(list(contenders), len(contenders)):
                 times[name].append(seconds(calls[name], repeat[name]))
             tick(i + 1, rounds)
     finally:
