@@ -49,10 +49,15 @@ def why_not_tensors(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> st
     """Why the native core cannot compute with tensors of these dtypes on this device, or None."""
     if device.type != "cpu":
         return f"it runs on the CPU, x is on {device}"
+    return _why_not_dtypes(dtypes) or why_not()
+
+
+def _why_not_dtypes(dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why no native kernel takes tensors of these dtypes, or None."""
     for dtype in dtypes:
         if dtype not in _DTYPE_CODES:
             return f"it computes in bfloat16, float16 and float32, not {dtype}"
-    return why_not()
+    return None
 
 
 @functools.cache
@@ -77,18 +82,14 @@ def why_not_cuda(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str |
     """Why the CUDA kernels cannot compute with an x of the first of these dtypes, or None."""
     if dtypes and dtypes[0] not in (torch.float16, torch.bfloat16):
         return f"its CUDA kernels take bfloat16 and float16, not {dtypes[0]}"
-    for dtype in dtypes:
-        if dtype not in _DTYPE_CODES:
-            return f"it computes in bfloat16, float16 and float32, not {dtype}"
+    if reason := _why_not_dtypes(dtypes):
+        return reason
     module, reason = _load_cuda()
     if module is None:
         return reason
-    reason = module.device_unsupported(device.index or 0)
-    return (
-        f"its CUDA kernels do not run on {device} ({reason}); PEFT_KERNELS_CUDA_ARCHS chooses at build time"
-        if reason
-        else None
-    )
+    if reason := module.device_unsupported(device.index or 0):
+        return f"its CUDA kernels do not run on {device} ({reason}); PEFT_KERNELS_CUDA_ARCHS chooses at build time"
+    return None
 
 
 def why_not_unasked(device: torch.device) -> str | None:
