@@ -52,9 +52,7 @@ def quantize_linears(model: torch.nn.Module, exclude: tuple[str, ...] = ("lm_hea
     linears = [(name, m) for name, m in model.named_modules() if type(m) is torch.nn.Linear]
     linears = [(name, m) for name, m in linears if name.rpartition(".")[2] not in exclude]
     for name, linear in linears:
-        parent, _, child = name.rpartition(".")
-        layer = bnb.linear(linear.weight.data, linear.bias).train(linear.training)
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, bnb.linear(linear.weight.data, linear.bias).train(linear.training))
     return len(linears)
 
 
@@ -99,14 +97,18 @@ def norms_trained(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def float32_lora(model: torch.nn.Module) -> torch.nn.Module:
-    """The reference: the same quantized weights, decoded once, and everything in float32."""
-    quantize_linears(model)
+def decoded(model: torch.nn.Module) -> torch.nn.Module:
+    """Every bitsandbytes Linear4bit as an nn.Linear, its weight decoded to float32; in place."""
     for name, layer in list(model.named_modules()):
         if type(layer).__name__ == "Linear4bit":
             linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             weight = pk.Weight4bit.from_bnb(layer.weight).dequantize(torch.float32)
             linear.weight, linear.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear)
-    return add_lora(model.float())
+            model.set_submodule(name, linear)
+    return model
+
+
+def float32_lora(model: torch.nn.Module) -> torch.nn.Module:
+    """The reference: the same quantized weights, decoded once, and everything in float32."""
+    quantize_linears(model)
+    return add_lora(decoded(model).float())
