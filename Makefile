@@ -1,11 +1,13 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv and build the native core first.
 #
 # PYTHON  the Python to make .venv from (3.10 or later)
-# PYTEST  more arguments for pytest, for example PYTEST="-k lora -x"; `make test` then leaves out `test-adapters`
+# PYTEST  more arguments for pytest, for example PYTEST="-k lora -x"; `make test` is then that one run of pytest
+# JOBS    processes that `make test` runs side by side
 # OUT, MINUTES  of `make gpu-check`
 
 PYTHON ?= python3
 PYTEST ?=
+JOBS ?= 2
 PY := .venv/bin/python
 ADAPTERS := build/adapters
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -18,9 +20,15 @@ export PEFT_KERNELS_BUILD ?= cpu
 demo: build
 	$(PY) -m bench.demo
 
+# Side by side, each process on one core, but for the tests that measure time.
 test: build $(if $(PYTEST),,$(ADAPTERS)/installed)
+ifneq ($(PYTEST),)
 	$(PY) -m pytest $(PYTEST)
-	$(if $(PYTEST),,$(MAKE) test-adapters)
+else
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not alone"
+	$(PY) -m pytest -m alone
+	$(MAKE) test-adapters
+endif
 
 # The `adapters` library needs an older transformers than the rest: both lie in a directory of their own that comes
 # before .venv's packages, so that torch and everything else is shared.

@@ -202,6 +202,7 @@ def processor_times():
     return time.perf_counter(), sum(machine) - idle, time.process_time()
 
 
+@pytest.mark.alone
 def test_two_runs_agree_on_the_ratio():
     """Within 10 % on a machine of one's own: interleaved samples, ratios within a round, the median of many rounds."""
     options = Options(shapes=("llama-3.2-1b",))

@@ -29,6 +29,7 @@ CALLS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("op", CALLS)
 @torch.no_grad()
 def test_a_call_with_a_null_kernel(op, weight):
