@@ -47,6 +47,21 @@ def check_device(argument: str, value: torch.Tensor, device: torch.device) -> No
         raise bad_value(argument, f"device {device} (that of x)", value.device, f"Move it with .to('{device}').")
 
 
+def check_operand(argument: str, value: object, shape: tuple[int, ...], device: torch.device) -> None:
+    """A floating-point tensor of exactly this shape that lies where the input lies: all of it in one condition."""
+    if (
+        isinstance(value, torch.Tensor)
+        and value.shape == shape
+        and value.device == device
+        and value.is_floating_point()
+    ):
+        return
+    check_tensor(argument, value)
+    assert isinstance(value, torch.Tensor)
+    check_shape(argument, value, shape)
+    check_device(argument, value, device)
+
+
 def check_input(x: object, in_features: int) -> None:
     """x of shape (..., K)."""
     check_tensor("x", x)

@@ -170,11 +170,11 @@ def observed(*tensors: torch.Tensor | None) -> bool:
         or torch.autograd._profiler_enabled()
         or c._get_tracing_state() is not None
         or c._functorch.peek_interpreter_stack() is not None
-        or any(type(t) not in _PLAIN for t in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def explain(module_or_function: Any, *args: Any, **kwargs: Any) -> str:

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
@@ -260,6 +262,17 @@ def test_two_runs_agree_bitwise_also_through_checkpointing(backend):
     assert all(torch.equal(first[name], recomputed[name]) for name in first)
 
 
+def test_a_gradient_of_a_kernels_gradient_is_refused():
+    if reason := dispatch.why_not(OP, "native", torch.device("cpu"), ()):
+        pytest.skip(reason)
+    case = Case(5, 64, 8)
+    leaves = {name: t.requires_grad_() for name, t in case.leaves.items()}
+    y = case.call(pk.functional.bottleneck_adapter, leaves)
+    gradients = torch.autograd.grad(y.square().sum(), list(leaves.values()), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradients[0].sum().backward()
+
+
 def test_dropout_in_evaluation_and_of_everything(backend):
     case = Case(9, 64, 8, dtype=FP32)
     case.dropout_p = 1.0
@@ -354,6 +367,26 @@ class TestModule:
         if layer.residual and not layer.residual_before_norm:
             expected = expected + x
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+    def test_weights_that_are_no_plain_parameters(self):
+        """Parametrized, pruned or given by functional_call: the module computes with what its attributes show."""
+        torch.manual_seed(0)
+        layer, x = pk.nn.BottleneckAdapter(32, 4, norm_before=True), torch.randn(5, 32)
+
+        def expected():
+            return x + layer.up(F.relu(layer.down(layer.norm_before(x))))
+
+        before = layer(x)
+        torch.nn.utils.parametrizations.weight_norm(layer.down)
+        with torch.no_grad():
+            layer.down.parametrizations.weight.original0.mul_(3)
+        torch.nn.utils.prune.random_unstructured(layer.up, "weight", 0.5)
+        torch.nn.utils.prune.random_unstructured(layer.norm_before, "bias", 0.5)
+        torch.testing.assert_close(layer(x), expected(), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(layer(x), before)
+        bias = torch.randn(32)
+        y = torch.func.functional_call(layer, {"up.bias": bias}, (x,))
+        torch.testing.assert_close(y, expected() + bias, rtol=1e-4, atol=1e-4)
 
     def test_residual_given_apart(self, backend):
         torch.manual_seed(0)

@@ -35,6 +35,12 @@ _INITS: dict[str, tuple[Callable[[torch.Tensor], Any], ...]] = {
 }
 
 
+def _weight_and_bias(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As attributes only where they are no plain parameters (parametrized, pruned)."""
+    own = layer._parameters
+    return (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (layer.weight, layer.bias)
+
+
 class BottleneckAdapter(nn.Module):
     """Y = [norm_after] (residual + drop(s * up(act(down([norm_before](x)))))); see `functional.bottleneck_adapter`.
 
@@ -142,19 +148,23 @@ class BottleneckAdapter(nn.Module):
         """x (..., K) -> (..., K); residual (..., K) takes the place of x in a sequential adapter's sum."""
         if residual is None and self.residual:
             residual = x
-        norm, after = self.norm_before, self.norm_after
+        layers: dict[str, Any] = self._modules  # nn.Module's own look-up of a layer or a parameter is slow
+        down_weight, down_bias = _weight_and_bias(layers["down"])
+        up_weight, up_bias = _weight_and_bias(layers["up"])
+        norm, after = layers.get("norm_before"), layers.get("norm_after")
+        ln_weight, ln_bias = (None, None) if norm is None else _weight_and_bias(norm)
         inside = after is None or self.residual_before_norm
         y = bottleneck_adapter(
             x,
-            self.down.weight,
-            self.down.bias,
-            self.up.weight,
-            self.up.bias,
+            down_weight,
+            down_bias,
+            up_weight,
+            up_bias,
             activation=self.activation,
             scaling=self._factors(x),
             residual=residual if inside else None,
-            ln_weight=None if norm is None else norm.weight,
-            ln_bias=None if norm is None else norm.bias,
+            ln_weight=ln_weight,
+            ln_bias=ln_bias,
             ln_eps=1e-5 if norm is None else norm.eps,
             dropout_p=self.dropout_p,
             training=self.training,
@@ -162,12 +172,15 @@ class BottleneckAdapter(nn.Module):
         y = y if after is None else after(y)
         return y if inside or residual is None else y + residual
 
-    def _factors(self, x: torch.Tensor) -> list[Factor]:
+    def _factors(self, x: torch.Tensor) -> Factor | list[Factor]:
         """Scaling, gate and stochastic depth, to be multiplied."""
+        gate: Any = self._modules.get("gate")
+        if gate is None and self.stochastic_depth == 0:
+            return self.scaling
         factors: list[Factor] = [self.scaling]
-        if self.gate is not None:
+        if gate is not None:
             check_tensor("x", x, 3)
-            factors.append(torch.sigmoid(self.gate(x)).mean(dim=1, keepdim=True))
+            factors.append(torch.sigmoid(gate(x)).mean(dim=1, keepdim=True))
         if self.training and self.stochastic_depth > 0:
             keep = 1 - self.stochastic_depth
             samples = torch.empty((x.shape[0], *(1 for _ in x.shape[1:])), dtype=x.dtype, device=x.device)

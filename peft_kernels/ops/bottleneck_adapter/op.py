@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ... import dispatch
-from ...checks import bad_value, check_device, check_input, check_shape, check_tensor
+from ...autograd import once_differentiable
+from ...checks import bad_value, check_input, check_operand, check_tensor
 from ...dropout import draw_seeds
 from . import reference
 from .activations import canonical
@@ -26,7 +27,7 @@ _lib.define(
     "-> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
-    f"bottleneck_adapter_backward(Tensor dy, Tensor? x, Tensor z, Tensor stats, {_PARAMETERS}, {_OPTIONS}, "
+    f"bottleneck_adapter_backward(Tensor dy, Tensor? x, Tensor z, Tensor? stats, {_PARAMETERS}, {_OPTIONS}, "
     "ScalarType x_dtype, bool[] needs, str backend) -> Tensor[]"
 )
 
@@ -79,62 +80,64 @@ def bottleneck_adapter(
     arXiv:2110.04366, equation 4 and table 1 (parallel and scaled); Steitz and Roth, arXiv:2406.06820 (Adapter+).
     """
     activation = canonical(activation)
-    residual_is_x = residual is x
-    parameters = {
-        "down_weight": down_weight,
-        "down_bias": down_bias,
-        "up_weight": up_weight,
-        "up_bias": up_bias,
-        "ln_weight": ln_weight,
-        "ln_bias": ln_bias,
-    }
-    out_features = _check(x, parameters, residual, dropout_p)
+    p = float(dropout_p) if training else 0.0
+    weights = (down_weight, down_bias, up_weight, up_bias, ln_weight, ln_bias)
+    out_features = _check(x, *weights, residual, dropout_p)
     constant, channel, gate = parse_scaling(scaling, x, out_features)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device, residual_is_x = x.device, residual is x
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
         residual_is_x = residual_is_x and x.dtype == dtype
         x, down_weight, up_weight = x.to(dtype), down_weight.to(dtype), up_weight.to(dtype)
     tensors = (down_weight, down_bias, up_weight, up_bias, ln_weight, ln_bias, channel, gate)
-    given = [t for t in (residual, *tensors) if t is not None]
-    backend = dispatch.choose("bottleneck_adapter", x.device, (x.dtype, *(t.dtype for t in given)))
-    p = float(dropout_p) if training else 0.0
+    given = [t for t in (x, residual, *tensors) if t is not None]
+    backend = dispatch.choose("bottleneck_adapter", device, tuple([t.dtype for t in given]))
     if backend == "reference":
         return reference.bottleneck_adapter(
             x, down_weight, down_bias, up_weight, up_bias, activation=activation, scaling=scaling, residual=residual,
             ln_weight=ln_weight, ln_bias=ln_bias, ln_eps=ln_eps, dropout_p=p,
         )  # fmt: skip
     added = None if residual_is_x else residual
-    options = (residual_is_x, activation, constant, float(ln_eps), p, draw_seeds([p], x.device))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given)):
-        return _BottleneckAdapter.apply(options, backend, x, added, *tensors)
-    return _run(_FORWARD, _forward, x, added, *tensors, *options, False, backend)[0]
+    seed = draw_seeds([p], device) if p > 0 else None
+    options = (residual_is_x, activation, constant, float(ln_eps), p)
+    observed = dispatch.observed(x, added, *tensors)
+    if torch.is_grad_enabled() and True in [t.requires_grad for t in given]:
+        return _BottleneckAdapter.apply((options, backend, observed), seed, x, added, *tensors)
+    return (_FORWARD if observed else _forward)(x, added, *tensors, *options, seed, False, backend)[0]
 
 
-def _check(x: torch.Tensor, parameters: dict[str, Any], residual: Any, dropout_p: float) -> int:
+def _check(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: Any,
+    up_weight: torch.Tensor,
+    up_bias: Any,
+    ln_weight: Any,
+    ln_bias: Any,
+    residual: Any,
+    dropout_p: float,
+) -> int:
     """N of parameters that fit x and residual."""
-    check_tensor("down_weight", parameters["down_weight"], 2)
-    check_tensor("up_weight", parameters["up_weight"], 2)
-    rank, in_features = parameters["down_weight"].shape
-    out_features = parameters["up_weight"].shape[0]
+    check_tensor("down_weight", down_weight, 2)
+    check_tensor("up_weight", up_weight, 2)
+    rank, in_features = down_weight.shape
     check_input(x, in_features)
+    out_features, device = up_weight.shape[0], x.device
     if rank < 1:
         raise bad_value("down_weight", "a bottleneck of at least 1", rank, "Drop the adapter instead.")
-    if parameters["ln_weight"] is None and parameters["ln_bias"] is not None:
+    if ln_weight is None and ln_bias is not None:
         raise bad_value("ln_bias", "None without ln_weight", "a tensor", "Pass ln_weight too.")
-    shapes = {
-        "down_weight": (rank, in_features),
-        "down_bias": (rank,),
-        "up_weight": (out_features, rank),
-        "up_bias": (out_features,),
-        "ln_weight": (in_features,),
-        "ln_bias": (in_features,),
-        "residual": (*x.shape[:-1], out_features),
-    }
-    for name, tensor in (parameters | {"residual": residual}).items():
+    for name, tensor, shape in (
+        ("down_weight", down_weight, (rank, in_features)),
+        ("down_bias", down_bias, (rank,)),
+        ("up_weight", up_weight, (out_features, rank)),
+        ("up_bias", up_bias, (out_features,)),
+        ("ln_weight", ln_weight, (in_features,)),
+        ("ln_bias", ln_bias, (in_features,)),
+        ("residual", residual, (*x.shape[:-1], out_features)),
+    ):
         if tensor is not None:
-            check_tensor(name, tensor)
-            check_shape(name, tensor, shapes[name])
-            check_device(name, tensor, x.device)
+            check_operand(name, tensor, shape, device)
     if not 0 <= dropout_p <= 1:
         raise bad_value("dropout_p", "a probability from 0 to 1", dropout_p, "Check the adapter's configuration.")
     return out_features
@@ -144,44 +147,43 @@ _FORWARD = torch.ops.peft_kernels.bottleneck_adapter_forward
 _BACKWARD = torch.ops.peft_kernels.bottleneck_adapter_backward
 
 
-def _run(op: Any, function: Any, *arguments: Any):
-    """The library op where something has to see it (the tensors come first among the arguments), else its function."""
-    return (op if dispatch.observed(*arguments[:10]) else function)(*arguments)
-
-
 class _BottleneckAdapter(torch.autograd.Function):
+    """static: (options, backend, whether something has to see the library op rather than its result)."""
+
     @staticmethod
-    def forward(ctx: Any, options: tuple, backend: str, x: torch.Tensor, residual: Any, *tensors: Any):
-        y, z, stats = _run(_FORWARD, _forward, x, residual, *tensors, *options, True, backend)
-        need = ctx.needs_input_grad
-        keep_x = need[4] or tensors[4] is not None
-        *kept, seed = options
+    def forward(ctx: Any, static: tuple, seed: Any, x: torch.Tensor, residual: Any, *tensors: Any):
+        options, backend, observed = static
+        run = _FORWARD if observed else _forward
+        y, z, stats = run(x, residual, *tensors, *options, seed, True, backend)
+        keep_x = ctx.needs_input_grad[4] or tensors[4] is not None
         ctx.save_for_backward(x if keep_x else None, z, stats, seed, *tensors)
-        ctx.options, ctx.backend, ctx.x_dtype = kept, backend, x.dtype
-        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.static = options, backend, x.dtype, None if residual is None else residual.dtype
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
         x, z, stats, seed, *tensors = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        needs = [need[2], *need[4:]]
+        options, backend, x_dtype, residual_dtype = ctx.static
+        _, _, need_x, need_residual, *need = ctx.needs_input_grad
+        needs = [need_x, *need]
         grads: list[Any] = [None] * len(needs)
-        if any(needs):
-            grads = _run(
-                _BACKWARD, _backward, dy, x, z, stats, *tensors, *ctx.options, seed, ctx.x_dtype, needs, ctx.backend
-            )
-        dx, *rest = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-        return None, None, dx, dy.to(ctx.residual_dtype) if need[3] else None, *rest
+        if True in needs:
+            arguments = dy, x, z, stats, *tensors, *options, seed, x_dtype, needs, backend
+            if dispatch.observed(*arguments[:12]):
+                grads = [grad if needed else None for grad, needed in zip(_BACKWARD(*arguments), needs, strict=True)]
+            else:
+                grads = _backward(*arguments)
+        dx, *rest = grads
+        return None, None, dx, dy.to(residual_dtype) if need_residual else None, *rest
 
 
 def _rows(t: torch.Tensor | None) -> torch.Tensor | None:
     return t if t is None or t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
-@torch.library.impl(_lib, "bottleneck_adapter_forward", "CompositeExplicitAutograd")
 def _forward(x, residual, *rest):
+    """y; for backward, where wanted, z and the statistics of the layer norm."""
     *arguments, save, backend = rest
     batch = x.shape[:-1]
     if batch.numel() == 0:
@@ -191,6 +193,13 @@ def _forward(x, residual, *rest):
     if len(batch) != 1:
         y.resize_(*batch, y.shape[1])  # unlike a view, it may be changed in place after autograd has seen it
     return y, z, stats
+
+
+@torch.library.impl(_lib, "bottleneck_adapter_forward", "CompositeExplicitAutograd")
+def _forward_op(x, residual, down_weight, *rest):
+    y, z, stats = _forward(x, residual, down_weight, *rest)
+    z = x.new_empty(0, dtype=torch.promote_types(x.dtype, down_weight.dtype)) if z is None else z
+    return y, z, x.new_empty(0, dtype=torch.float32) if stats is None else stats
 
 
 @torch.library.register_fake("peft_kernels::bottleneck_adapter_forward", lib=_lib)
@@ -208,11 +217,12 @@ def _forward_fake(x, residual, down_weight, down_bias, up_weight, up_bias, ln_we
 
 def _backward(dy, x, *rest):
     """dx, then a gradient like each parameter; None where not needed."""
-    *arguments, backend = rest
+    *arguments, needs, backend = rest
     batch = dy.shape[:-1]
     if batch.numel() == 0:
-        return [out.zero_() for out in _backward_fake(dy, x, *rest)]
-    dx, *grads = dispatch.implementation("bottleneck_adapter", backend).backward(_rows(dy), _rows(x), *arguments)
+        zeros = [out.zero_() for out in _backward_fake(dy, x, *rest)]
+        return [grad if needed else None for grad, needed in zip(zeros, needs, strict=True)]
+    dx, *grads = dispatch.implementation("bottleneck_adapter", backend).backward(_rows(dy), _rows(x), *arguments, needs)
     if dx is not None and len(batch) != 1:
         dx.resize_(*batch, dx.shape[1])
     return [dx, *grads]

@@ -32,6 +32,8 @@ def parse_scaling(scaling: Factor | Sequence[Factor], x: torch.Tensor, out_featu
     Raises:
         TypeError: a factor is neither a number nor a tensor. ValueError: a shape, dtype or device does not fit.
     """
+    if isinstance(scaling, float):
+        return Scaling(scaling, None, None)
     constant, channel, gate = 1.0, None, None
     for factor in factors(scaling):
         if isinstance(factor, int | float):
