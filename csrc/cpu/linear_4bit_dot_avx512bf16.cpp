@@ -4,15 +4,19 @@
 namespace peft_kernels {
 namespace {
 
-constexpr int64_t kLanes = kLinear4DotLanes;
 constexpr int kMaxRows = 8;
 // Rows of W that the prefetch runs ahead. Into L2: the misses that L1 can have in flight are too few for the memory's
 // latency (M = 1 at 4096 x 4096 on Zen 4: 0.27 ms, into L1 0.35).
 constexpr int64_t kAhead = 16;
 
-// 64-element blocks per pass over a tile of `rows` of x: they take 16 KB of L1. Without it x streams from L2: M = 16
-// takes 6 % longer at K = 4096. For few rows W is read along its rows as far as that goes, as the prefetchers like it.
-constexpr int64_t chunk_blocks(int rows) { return 128 / rows; }
+// 64-element blocks per pass over a tile of `rows` of x: they take at most 32 KB of L1, and 16 KB where passes are
+// many. Without it x streams from L2: M = 16 takes 6 % longer at K = 4096. For few rows W is read along its rows as far
+// as that goes, as the prefetchers like it: 64 blocks rather than 32 save a tenth of M = 4.
+constexpr int64_t chunk_blocks(int rows) { return rows > 4 ? 128 / rows : 256 / rows; }
+
+// Columns that a pass over a chunk of K takes. Their sums lie across lanes, 64 bytes each, in L1 beside the tile of x:
+// 8 rows x 48 columns would take 24 of its 32 KB.
+constexpr int64_t pass_columns(int rows) { return rows > 4 ? 16 : kLinear4DotLanes; }
 
 struct DotTile {
   const uint16_t* x;  // rows in nibble order, ldx apart
@@ -20,64 +24,71 @@ struct DotTile {
   const uint8_t* packed;  // first row of W
   const float* scales;    // a row of W apart: ld_scales
   int64_t K, ld_scales, blocks;
-  float* partial;  // [MR][kLanes][16]: sums that still lie across lanes
+  float* partial;  // [MR][pass_columns(MR)][16]: sums that still lie across lanes
   bool add;        // to what partial holds
 };
 
-// The decode of block b + 1 is spread between the products of block b. Zen 4 issues the decode beside vdpbf16ps only if
-// they alternate in program order: 8 rows x 2 columns take 35 cycles per block so, 41 with the decode in front, and 34
-// is what the multiplier pipes need.
+// `groups` of NR columns. The decode of the block that comes next, here or in the next group, is spread between the
+// products of a block. Zen 4 issues the decode beside vdpbf16ps only if they alternate in program order: 8 rows x 2
+// columns take 35 cycles per block so, 41 with the decode in front, and 34 is what the multiplier pipes need.
 template <int MR, int NR>
-inline void dot_tile(const DotTile& tile, const CodeBook& book) {
+inline void dot_tiles(DotTile tile, int64_t groups, const CodeBook& book) {
   constexpr int kGroups = 2 * MR, kSteps = 3 * NR;
+  constexpr int64_t kColumns = pass_columns(MR);
+  if (groups == 0) return;
   const __m512 code = _mm512_loadu_ps(book.code);
   const uint8_t* packed = tile.packed;
   const float* scales = tile.scales;
   const int64_t row_bytes = tile.K / 2;
-  __m512 acc[MR][NR];
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 8
-    for (int n = 0; n < NR; ++n)
-      acc[i][n] = tile.add ? _mm512_load_ps(tile.partial + (i * kLanes + n) * 16) : _mm512_setzero_ps();
   Pair512 w[NR];
 #pragma GCC unroll 8
   for (int n = 0; n < NR; ++n)
     w[n] = decode64(bf16_table(code, scales[n * tile.ld_scales]), load64(packed + n * row_bytes));
-  const uint16_t* x = tile.x;
-  for (int64_t b = 0; b < tile.blocks; ++b, x += 64) {
-    const int64_t step = b + 1 < tile.blocks;  // the last block is decoded twice
-    packed += 32 * step;
-    scales += step;
-    Pair512 next[NR];
-    __m512i table[NR];
-#pragma GCC unroll 16
-    for (int g = 0; g < kGroups; ++g) {
-      const int i = g % MR;
-      const __m512bh v = (__m512bh)_mm512_loadu_si512(x + i * tile.ldx + (g < MR ? 0 : 32));
+  for (; groups > 0; --groups, tile.partial += NR * 16) {
+    // From the last block to the first of the next group; the last group's is decoded again, for nothing.
+    const int64_t columns = groups > 1 ? NR : 0;
+    const int64_t packed_jump = columns * row_bytes - 32 * (tile.blocks - 1);
+    const int64_t scales_jump = columns * tile.ld_scales - (tile.blocks - 1);
+    __m512 acc[MR][NR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 8
       for (int n = 0; n < NR; ++n)
-        acc[i][n] = _mm512_dpbf16_ps(acc[i][n], v, (__m512bh)(g < MR ? w[n].first : w[n].second));
+        acc[i][n] = tile.add ? _mm512_load_ps(tile.partial + (i * kColumns + n) * 16) : _mm512_setzero_ps();
+    const uint16_t* x = tile.x;
+    for (int64_t b = 1; b <= tile.blocks; ++b, x += 64) {
+      packed += b < tile.blocks ? 32 : packed_jump;
+      scales += b < tile.blocks ? 1 : scales_jump;
+      Pair512 next[NR];
+      __m512i table[NR];
+#pragma GCC unroll 16
+      for (int g = 0; g < kGroups; ++g) {
+        const int i = g % MR;
+        const __m512bh v = (__m512bh)_mm512_loadu_si512(x + i * tile.ldx + (g < MR ? 0 : 32));
+#pragma GCC unroll 8
+        for (int n = 0; n < NR; ++n)
+          acc[i][n] = _mm512_dpbf16_ps(acc[i][n], v, (__m512bh)(g < MR ? w[n].first : w[n].second));
 #pragma GCC unroll 32
-      for (int s = g * kSteps / kGroups; s < (g + 1) * kSteps / kGroups; ++s) {
-        const int n = s % NR;
-        if (s < NR) {
-          _mm_prefetch((const char*)packed + (n + kAhead) * row_bytes, _MM_HINT_T1);
-          table[n] = bf16_table(code, scales[n * tile.ld_scales]);
-        } else if (s < 2 * NR) {
-          next[n].first = decode64_first(table[n], load64(packed + n * row_bytes));
-        } else {
-          next[n].second = decode64_second(table[n], load64(packed + n * row_bytes));
+        for (int s = g * kSteps / kGroups; s < (g + 1) * kSteps / kGroups; ++s) {
+          const int n = s % NR;
+          if (s < NR) {
+            _mm_prefetch((const char*)packed + (n + kAhead) * row_bytes, _MM_HINT_T1);
+            table[n] = bf16_table(code, scales[n * tile.ld_scales]);
+          } else if (s < 2 * NR) {
+            next[n].first = decode64_first(table[n], load64(packed + n * row_bytes));
+          } else {
+            next[n].second = decode64_second(table[n], load64(packed + n * row_bytes));
+          }
         }
       }
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n) w[n] = next[n];
     }
 #pragma GCC unroll 8
-    for (int n = 0; n < NR; ++n) w[n] = next[n];
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n) _mm512_store_ps(tile.partial + (i * kColumns + n) * 16, acc[i][n]);
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 8
-    for (int n = 0; n < NR; ++n) _mm512_store_ps(tile.partial + (i * kLanes + n) * 16, acc[i][n]);
 }
 
 // Sums of 16 vectors, as the 16 lanes of one.
@@ -106,28 +117,24 @@ void dot_block(const Linear4Job& job, const uint16_t* x, int64_t ldx, int64_t m,
                const float* scales, float* partial, const float* terms) {
   const Weight4& w = *job.weight;
   const int64_t blocks = w.K / 64, row_bytes = w.K / 2;
-  for (int64_t b = 0; b < blocks; b += chunk_blocks(MR)) {
-    DotTile tile = {x + 64 * b, ldx,    w.packed + n0 * row_bytes + 32 * b,  scales + b,
-                    w.K,        blocks, min64(chunk_blocks(MR), blocks - b), partial,
-                    b > 0};
-    int64_t n = 0;
-    for (; n + NR <= count; n += NR) {
-      dot_tile<MR, NR>(tile, w.book());
-      tile.packed += NR * row_bytes;
-      tile.scales += NR * blocks;
-      tile.partial += NR * 16;
-    }
-    for (; n < count; ++n) {
-      dot_tile<MR, 1>(tile, w.book());
-      tile.packed += row_bytes;
-      tile.scales += blocks;
-      tile.partial += 16;
-    }
-  }
+  constexpr int64_t kColumns = pass_columns(MR);
   alignas(64) float sums[MR][kLinear4Lanes];
-  for (int i = 0; i < MR; ++i)
-    for (int64_t g = 0; g < count; g += 16)  // columns past `count` are stale and not stored
-      _mm512_store_ps(sums[i] + g, reduce16(partial + (i * kLanes + g) * 16));
+  for (int64_t from = 0; from < count; from += kColumns) {
+    const int64_t columns = min64(kColumns, count - from), whole = columns / NR * NR;
+    for (int64_t b = 0; b < blocks; b += chunk_blocks(MR)) {
+      DotTile tile = {x + 64 * b, ldx,    w.packed + (n0 + from) * row_bytes + 32 * b, scales + from * blocks + b,
+                      w.K,        blocks, min64(chunk_blocks(MR), blocks - b),         partial,
+                      b > 0};
+      dot_tiles<MR, NR>(tile, whole / NR, w.book());
+      tile.packed += whole * row_bytes;
+      tile.scales += whole * blocks;
+      tile.partial += whole * 16;
+      dot_tiles<MR, 1>(tile, columns - whole, w.book());
+    }
+    for (int i = 0; i < MR; ++i)
+      for (int64_t g = 0; g < columns; g += 16)  // columns past `count` are stale and not stored
+        _mm512_store_ps(sums[i] + from + g, reduce16(partial + (i * kColumns + g) * 16));
+  }
   finish(job, {sums[0], m, n0, count, terms}, MR);
 }
 
@@ -156,12 +163,13 @@ void linear4_dot_avx512bf16(const Linear4Job& job, int64_t n0, int64_t n1) {
   const int64_t ldx = (w.K + 2047) / 2048 * 2048 + 1024;  // rows alternate between the halves of L1's sets
   uint16_t* x = (uint16_t*)linear4_scratch(Linear4Scratch::Input, size_t(job.M) * ldx * 2);
   for (int64_t m = 0; m < job.M; ++m) to_nibble_order((const uint16_t*)job.in + m * job.ld_in, w.K, x + m * ldx);
-  float* scales = (float*)linear4_scratch(Linear4Scratch::Panel, size_t(kLanes) * blocks * sizeof(float));
-  float* partial = (float*)linear4_scratch(Linear4Scratch::Sums, kMaxRows * kLanes * 16 * sizeof(float));
+  float* scales = (float*)linear4_scratch(Linear4Scratch::Panel, size_t(kLinear4DotLanes) * blocks * sizeof(float));
+  float* partial = (float*)linear4_scratch(Linear4Scratch::Sums, kMaxRows * kLinear4DotLanes * 16 * sizeof(float));
   const int64_t tiles = (job.M + kMaxRows - 1) / kMaxRows;
-  for (int64_t n = n0; n < n1; n += kLanes) {
-    const int64_t count = min64(kLanes, n1 - n);
+  for (int64_t n = n0; n < n1; n += kLinear4DotLanes) {
+    const int64_t count = min64(kLinear4DotLanes, n1 - n);
     block_scales(w, n * blocks, count * blocks, scales);
+    prefetch_scales(w, (n + count) * blocks, kLinear4DotLanes * blocks);
     const float* terms = pack_terms(job, n, w.N, true);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m = job.M * t / tiles, rows = job.M * (t + 1) / tiles - m;
