@@ -93,13 +93,6 @@ inline void block_scales(const Weight4& w, int64_t first, int64_t count, float* 
   }
 }
 
-// What block_scales(first, count) will read, into L2.
-inline void prefetch_scales(const Weight4& w, int64_t first, int64_t count) {
-  const int64_t repeat = w.blocksize / 64, bytes = w.absmax2 ? 1 : sizeof(float);
-  const char* from = static_cast<const char*>(w.absmax) + first / repeat * bytes;
-  for (int64_t i = 0; i < count / repeat * bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
-}
-
 // Scales of the blocks that hold column k in rows [n, n + count).
 inline void column_scales(const Weight4& w, int64_t k, int64_t n, int64_t count, float* out) {
   const int64_t step = w.K / w.blocksize;

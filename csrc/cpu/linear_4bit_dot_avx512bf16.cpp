@@ -155,21 +155,27 @@ void to_nibble_order(const uint16_t* from, int64_t K, uint16_t* to) {
   }
 }
 
+// Rows of x alternate between the halves of L1's sets.
+int64_t input_ld(int64_t K) { return (K + 2047) / 2048 * 2048 + 1024; }
+
 }  // namespace
 
-void linear4_dot_avx512bf16(const Linear4Job& job, int64_t n0, int64_t n1) {
-  const Weight4& w = *job.weight;
-  const int64_t blocks = w.K / 64;
-  const int64_t ldx = (w.K + 2047) / 2048 * 2048 + 1024;  // rows alternate between the halves of L1's sets
+const uint16_t* linear4_dot_input_avx512bf16(const Linear4Job& job) {
+  const int64_t K = job.weight->K, ldx = input_ld(K);
   uint16_t* x = (uint16_t*)linear4_scratch(Linear4Scratch::Input, size_t(job.M) * ldx * 2);
-  for (int64_t m = 0; m < job.M; ++m) to_nibble_order((const uint16_t*)job.in + m * job.ld_in, w.K, x + m * ldx);
+  for (int64_t m = 0; m < job.M; ++m) to_nibble_order((const uint16_t*)job.in + m * job.ld_in, K, x + m * ldx);
+  return x;
+}
+
+void linear4_dot_avx512bf16(const Linear4Job& job, const uint16_t* x, int64_t n0, int64_t n1) {
+  const Weight4& w = *job.weight;
+  const int64_t blocks = w.K / 64, ldx = input_ld(w.K);
   float* scales = (float*)linear4_scratch(Linear4Scratch::Panel, size_t(kLinear4DotLanes) * blocks * sizeof(float));
   float* partial = (float*)linear4_scratch(Linear4Scratch::Sums, kMaxRows * kLinear4DotLanes * 16 * sizeof(float));
   const int64_t tiles = (job.M + kMaxRows - 1) / kMaxRows;
   for (int64_t n = n0; n < n1; n += kLinear4DotLanes) {
     const int64_t count = min64(kLinear4DotLanes, n1 - n);
     block_scales(w, n * blocks, count * blocks, scales);
-    prefetch_scales(w, (n + count) * blocks, kLinear4DotLanes * blocks);
     const float* terms = pack_terms(job, n, w.N, true);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m = job.M * t / tiles, rows = job.M * (t + 1) / tiles - m;

@@ -37,8 +37,10 @@ struct Linear4Job {
 constexpr int64_t kLinear4Lanes = 64;     // columns of a GEMM panel: four vectors of 16 float32
 constexpr int64_t kLinear4DotLanes = 48;  // columns of a dot-form work item: a multiple of every tile height and of 16
 
-// Dot form, for few rows: lanes run along k, W is decoded in registers. Columns [n0, n1), n0 % kLinear4DotLanes == 0.
-void linear4_dot_avx512bf16(const Linear4Job& job, int64_t n0, int64_t n1);
+// Dot form, for few rows: lanes run along k, W is decoded in registers. Columns [n0, n1), n0 % kLinear4DotLanes == 0;
+// x: what the first function made of job.in, in this thread's scratch.
+const uint16_t* linear4_dot_input_avx512bf16(const Linear4Job& job);
+void linear4_dot_avx512bf16(const Linear4Job& job, const uint16_t* x, int64_t n0, int64_t n1);
 
 // Broadcast form: a panel of W is decoded once for rows [m0, m1) of `in`. One panel of lanes from lane0.
 void linear4_forward_panel_avx512bf16(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
