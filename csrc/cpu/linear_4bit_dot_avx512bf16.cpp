@@ -30,7 +30,8 @@ struct DotTile {
 
 // `groups` of NR columns. The decode of the block that comes next, here or in the next group, is spread between the
 // products of a block. Zen 4 issues the decode beside vdpbf16ps only if they alternate in program order: 8 rows x 2
-// columns take 35 cycles per block so, 41 with the decode in front, and 34 is what the multiplier pipes need.
+// columns take 36 cycles per block so, 39 when each group of 16 blocks begins with a decode, and 34 is what the
+// multiplier pipes need.
 template <int MR, int NR>
 inline void dot_tiles(DotTile tile, int64_t groups, const CodeBook& book) {
   constexpr int kGroups = 2 * MR, kSteps = 3 * NR;
