@@ -17,6 +17,7 @@ from ..functional import gated_prompt_attention
 from .base_layer import overridden
 from .hf_prompt import release_attention, take_attention, why_not_attention
 from .replace import FOUR_BIT, Undo
+from .trained_layers import ScaleBias
 from .transformers import ATTENTION, GatedPrompt
 
 
@@ -65,8 +66,9 @@ class FusedAdaptedAttention(FusedAdaption, AdaptedAttention):
         attention = self.model
         key, value = (self._heads(project(self.adaption_prompt)) for project in (attention.k_proj, attention.v_proj))
         output, *rest = attention(**kwargs, gated_prompt=GatedPrompt(key, value, self.adaption_gate))
-        if attention.o_proj.bias is not None:
-            output = output + attention.o_proj.bias  # PEFT's second o_proj adds it once more
+        constant = _constant(attention.o_proj)
+        if constant is not None:
+            output = output + constant.to(output.dtype)  # PEFT's second o_proj adds it once more
         return output, *rest
 
 
@@ -87,10 +89,19 @@ class FusedAdaptedAttentionGPT(FusedAdaption, AdaptedAttentionGPT):
         return (output + part).to(part.dtype), *rest
 
 
+def _constant(project: Any) -> torch.Tensor | None:
+    """What the output projection adds whatever its input."""
+    bias = project.bias
+    scaled = bias is not None and isinstance(project, ScaleBias)
+    return bias * project.scale if scaled else bias
+
+
 def _why_not_output(attention: Any) -> str | None:
     """Why the output projection may not be linear, or None."""
     project = getattr(attention, "o_proj", None)
     if project is None or type(project) is nn.Linear or type(project) in FOUR_BIT:
+        return None
+    if type(project).__module__.startswith(ScaleBias.__module__):  # its bias, or a scale and a bias, are trained
         return None
     if f"{type(project).__module__}.{type(project).__qualname__}".startswith("bitsandbytes.nn.modules.Linear4bit"):
         return None

@@ -1,5 +1,8 @@
 """LLaMA-Adapter: replaced layers of Hugging Face PEFT's ADAPTION_PROMPT against PEFT itself."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 
@@ -43,6 +46,29 @@ def test_bias_of_the_output_projection_counts_twice_as_in_peft():
             if name.endswith("_proj.bias"):
                 parameter.data.normal_()
     check(ours, theirs, batches=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prepare", [pk.prepare_scale_bias, partial(pk.prepare_bitfit, add_missing=True)])
+def test_with_trained_scales_and_biases(prepare, dtype):
+    """LLaMA-Adapter V2: the output projection is affine in its input still."""
+    pair = []
+    for _ in range(2):
+        model = base_model("llama", dtype)
+        prepare(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        torch.manual_seed(4)
+        model = peft.get_peft_model(model, copy.deepcopy(CONFIG))
+        for parameter in trained:
+            parameter.requires_grad_()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.fill_(0.3) if name.endswith("gate") else parameter.add_(torch.randn_like(parameter) / 8)
+        pair.append(model)
+    report = pk.replace_layers(pair[0])
+    assert not report.left and [e.op for e in report.replaced].count("gated_prompt_attention") == 1, str(report)
+    check(*pair, batches=16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
