@@ -4,7 +4,7 @@ Each operation has up to three implementations: `native` (the C++ core, on the C
 C++), `triton` (on a GPU) and `reference` (pure torch, anywhere). Every native or triton implementation is a module with
 `why_not(device, dtypes)`, which says in a sentence why it cannot serve such tensors, or None if it can; any shape must
 be served, or refused with a `BackendError` that names the remedy. `auto` takes the first that can, in the order below;
-a module may ask it to pass on with `why_not_unasked(device)`.
+a module may ask it to pass on with `why_not_unasked(device)`, and an operation may name calls that torch serves best.
 """
 
 from __future__ import annotations
@@ -112,9 +112,15 @@ def why_not_unasked(op: str, backend: str, device: torch.device) -> str | None:
     return module.why_not_unasked(device) if hasattr(module, "why_not_unasked") else None
 
 
-def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
-    """The name of the backend that runs `op` for tensors of these dtypes on this device."""
-    chosen, passed_over = _found(op, _requested, device, dtypes)
+def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], vendor: str | None = None) -> str:
+    """The name of the backend that runs `op` for tensors of these dtypes on this device.
+
+    vendor: why torch's own operations serve this call best; `auto` then takes the reference, which is not slow here.
+    """
+    if vendor is not None and _requested == "auto":
+        chosen, passed_over = "reference", (("native", vendor),)
+    else:
+        chosen, passed_over = _found(op, _requested, device, dtypes)
     if _recorder is not None:
         _recorder.append(Explanation(op, chosen, dict(passed_over)))
         raise _Explained
@@ -216,6 +222,11 @@ def record(call: Any, *args: Any, **kwargs: Any) -> list[Explanation | str]:
     finally:
         recorded, _recorder = _recorder, None
     return recorded
+
+
+def undirected() -> bool:
+    """Whether a layer may do a call as it likes: no backend was asked for by name, and the call is to be done."""
+    return _requested == "auto" and _recorder is None
 
 
 def recording() -> bool:

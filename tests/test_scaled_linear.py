@@ -156,6 +156,23 @@ def test_saves_no_more_than_it_needs(backend, method):
     assert large(False) == ([], 0)
 
 
+@pytest.mark.parametrize("dtypes", [DTYPES["bfloat16"], DTYPES["bfloat16-float32"]], ids=["bfloat16", "float32 bias"])
+@pytest.mark.parametrize("m", [5, 4096])
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "4bit"])
+@pytest.mark.parametrize("method", METHODS)
+def test_auto_leaves_to_torch_what_torch_does_as_well(method, quantized, m, dtypes):
+    """A dense weight's bias, or few elements to scale; not a bias whose gradient torch would round to x's dtype."""
+    if reason := dispatch.why_not(OP, "native", torch.device("cpu"), ()):
+        pytest.skip(reason)
+    case = Case(method, (m, 128, 96), dtypes, quantized)
+    vendor = not quantized and dtypes[0] is dtypes[1] and (method == "bitfit" or m == 5)
+    text = pk.explain(case.function, case.x, case.scale, case.bias)
+    assert text.startswith(f"{OP}: {'reference' if vendor else 'native'}")
+    with pk.use_backend("native"):
+        assert pk.explain(case.function, case.x, case.scale, case.bias) == f"{OP}: native"
+    case.check()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_leading_dimensions_strides_and_no_rows(backend, method):
     case = Case(method, (24, 128, 32), DTYPES["bfloat16"], True)

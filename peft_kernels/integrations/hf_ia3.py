@@ -9,7 +9,9 @@ import peft.tuners.ia3.layer as ia3
 import torch
 from torch import nn
 
+from .. import dispatch
 from ..functional import ia3_linear
+from ..ops.scaled_linear.vendor import why_vendor
 from .base_layer import PLAIN, dense_base, four_bit_weight
 from .hf_peft import FusedAdapter, besides, why_not_now
 
@@ -19,6 +21,8 @@ class FusedIA3(FusedAdapter):
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., K) -> (..., N), with the casts and the adapters that PEFT's forward would use."""
+        if dispatch.undirected() and _is_small(self, x):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         call = _gather(self, x) if not (args or kwargs) else besides(kwargs)
         if isinstance(call, str):
             self._left_to_peft(call)
@@ -36,6 +40,15 @@ class FusedIA3(FusedAdapter):
 
 class FusedLinear(FusedIA3, ia3.Linear):
     """`peft.tuners.ia3.Linear` over nn.Linear, or over a 4-bit layer that the model does not declare."""
+
+
+def _is_small(layer: Any, x: torch.Tensor) -> bool:
+    """Whether `ia3_linear` would do what PEFT's forward does anyway, with torch's operations."""
+    base = layer._modules["base_layer"]
+    if type(base) is not nn.Linear:
+        return False
+    vectors = layer._modules["ia3_l"]
+    return why_vendor(x, base.weight, base._parameters["bias"], vectors, layer.is_feedforward) is not None
 
 
 def _gather(layer: Any, x: torch.Tensor) -> Any:

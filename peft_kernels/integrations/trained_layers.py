@@ -14,6 +14,7 @@ from torch import nn
 from .. import dispatch
 from ..functional import bitfit_linear, scale_bias_linear
 from ..nn import Linear4bit
+from ..ops.scaled_linear.vendor import why_vendor
 from ..weight4bit import Weight4bit
 from .base_layer import dense_base, overridden
 from .replace import Undo
@@ -58,16 +59,20 @@ class FusedTrained:
         return self.weight.dtype
 
     def _linear(self: Any, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-        return scale_bias_linear(x, weight, self.scale, bias)
+        return scale_bias_linear(x, weight, self._parameters["scale"], bias)
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N)."""
-        weight = self.weight
+        parameters = self._parameters  # by attribute each would cost a failed look-up first
+        weight = parameters.get("weight")
+        weight = self.weight if weight is None else weight
+        if dispatch.undirected() and why_vendor(x, weight, parameters["bias"], parameters.get("scale"), False):
+            return super().forward(x)  # type: ignore[misc]
         served = (x, weight, None) if isinstance(weight, Weight4bit) else dense_base(self, x)
         if isinstance(served, str):
             dispatch.note(f"{type(self).__name__}: left to the plain layer: {served}")
             return super().forward(x)  # type: ignore[misc]
-        return self._linear(x, weight, self.bias)
+        return self._linear(x, weight, parameters["bias"])
 
 
 class FusedBitFitLinear(FusedTrained, BitFitLinear):

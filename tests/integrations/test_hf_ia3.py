@@ -27,6 +27,14 @@ pytest.importorskip("bitsandbytes")
 
 OP = "scaled_linear"
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def kernels_for_small_layers(monkeypatch):
+    """Else `auto` would leave the dense layers of these sizes to PEFT's own forward, and nothing would be compared."""
+    monkeypatch.setattr("peft_kernels.ops.scaled_linear.vendor._SMALL", 0)
+
+
 FORMS = pytest.mark.parametrize("feedforward", [False, True], ids=["output", "input"])
 
 
@@ -230,3 +238,24 @@ def test_lora_around_ia3(kind):
     composed = pk.reference.ia3_linear(inputs(F32), weight, ia3.ia3_l["default"], bias=base.bias)
     composed = composed + lora.scaling["default"] * nn.functional.linear(nn.functional.linear(inputs(F32), a), b)
     close(host(inputs(F32)), composed)
+
+
+@FORMS
+def test_small_dense_layers_are_left_to_peft(monkeypatch, feedforward):
+    """And only those: more rows, and a backend that is asked for by name, run the function."""
+    monkeypatch.undo()
+    from peft_kernels.integrations import hf_ia3
+
+    rows, function = [], hf_ia3.ia3_linear
+    monkeypatch.setattr(
+        hf_ia3, "ia3_linear", lambda x, *args, **rest: rows.append(len(x)) or function(x, *args, **rest)
+    )
+    _, layer, stock = replaced("dense", feedforward=feedforward)
+    for m, backend, expected in ((5, "auto", []), (8192, "auto", [8192]), (5, "reference", [5])):
+        x = inputs(shape=(m, 128))
+        with pk.use_backend(backend):
+            close(layer(x), stock.base_model.model.proj(x), BF16)
+        assert rows == expected
+        rows.clear()
+    assert "not native: small beside dense" in pk.explain(layer, inputs())
+    assert "small beside dense" not in pk.explain(layer, inputs(shape=(8192, 128)))

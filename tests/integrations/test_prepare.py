@@ -16,6 +16,12 @@ METHODS = {"bitfit": pk.prepare_bitfit, "scale-bias": pk.prepare_scale_bias}
 KINDS = ("dense", "bitsandbytes", "Linear4bit")
 
 
+@pytest.fixture(autouse=True)
+def kernels_for_small_layers(monkeypatch):
+    """Else `auto` would leave the dense layers of these sizes to the plain layer's forward."""
+    monkeypatch.setattr("peft_kernels.ops.scaled_linear.vendor._SMALL", 0)
+
+
 def block(kind, dtype=F32, bias=True):
     """Two linear layers around a norm."""
     torch.manual_seed(0)
@@ -77,6 +83,43 @@ def test_prepared_replaced_and_restored(backend, method, kind, dtype):
     pk.restore_layers(model)
     assert [type(m) for m in model] == classes
     assert torch.equal(run(model, x)["y"], plain["y"])
+
+
+@pytest.mark.parametrize(
+    ("method", "m", "row"),
+    [
+        ("bitfit", 5, "bias of dense"),
+        ("bitfit", 4096, "bias of dense"),
+        ("scale-bias", 5, "small beside dense"),
+        ("scale-bias", 4096, None),
+    ],
+)
+def test_what_torch_does_as_well_is_left_to_torch(monkeypatch, caplog, method, m, row):
+    """By the plain layer's own forward, bit for bit, and without a warning; explain and the report say why."""
+    monkeypatch.undo()
+    from peft_kernels.integrations import trained_layers
+
+    calls = []
+    for cls in (trained_layers.FusedTrained, trained_layers.FusedBitFitLinear):
+        right = cls._linear
+        monkeypatch.setattr(cls, "_linear", lambda self, *a, right=right: calls.append(a) or right(self, *a))
+    model, x = block("dense", BF16), torch.randn(m, 64).to(BF16)
+    METHODS[method](model)
+    spread(model)
+    plain = run(model, x)
+    report = pk.replace_layers(model)
+    assert len(report.replaced) == 2
+    calls.clear()
+    fused = run(model, x)
+    if row is None:
+        assert len(calls) == 1  # the first layer; the second is small
+        close(fused["y"], plain["y"], BF16)
+        assert "not native: small" not in pk.explain(model[0], x)
+        return
+    assert not calls and all(torch.equal(fused[name], plain[name]) for name in plain)
+    assert f"not native: {row}" in pk.explain(model[0], x) and f"not native: {row}" in str(report)
+    assert all(entry.backend == "reference" for entry in report.replaced)
+    assert not any("slow" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("kind", KINDS)

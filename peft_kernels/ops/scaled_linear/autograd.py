@@ -31,12 +31,15 @@ def apply(
 ) -> torch.Tensor:
     """x (..., K) -> y (..., N), with a gradient where one is needed; scale: (n,), (n, 1) or (1, n)."""
     dense = isinstance(weight, torch.Tensor)
-    leaves = (x, bias, scale, weight if isinstance(weight, torch.Tensor) else None)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (scale is not None and scale.requires_grad)
+        or (dense and weight.requires_grad)  # type: ignore[union-attr]
+    ):
         parts, meta = split_base(weight) if dense or torch.compiler.is_compiling() else ([], [])
         return _ScaledLinear.apply((None if parts else weight, meta, is_feedforward, backend), x, bias, scale, *parts)
-    scale = None if scale is None else scale.reshape(-1)
-    return _run_forward(x, weight, bias, scale, is_feedforward, False, backend)[0]
+    return _run_forward(x, weight, bias, _vector(scale), is_feedforward, False, backend)[0]
 
 
 def _run_forward(x, weight, bias, scale, is_feedforward, keep, backend):
@@ -58,7 +61,7 @@ class _ScaledLinear(torch.autograd.Function):
         train_scale, train_weight = ctx.needs_input_grad[3], bool(parts) and ctx.needs_input_grad[4]
         keep = train_scale and not is_feedforward
         ctx.scale_shape = None if scale is None else scale.shape
-        scale = None if scale is None else scale.reshape(-1)
+        scale = _vector(scale)
         if weight is None:
             weight = join_base(list(parts), meta)
         y, unscaled = _run_forward(x, weight, bias, scale, is_feedforward, keep, backend)
@@ -72,7 +75,7 @@ class _ScaledLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor):
         weight, meta, is_feedforward, backend = ctx.static
         x, unscaled, scale, *parts = ctx.saved_tensors
-        _, *needs = ctx.needs_input_grad[:4]
+        needs = ctx.needs_input_grad[1:4]
         if weight is None:
             weight = join_base(parts, meta)
         dy = dy.contiguous()
@@ -80,14 +83,15 @@ class _ScaledLinear(torch.autograd.Function):
         saved = x if is_feedforward else unscaled
         if dispatch.observed(dy, saved, scale):
             outs = torch.ops.peft_kernels.scaled_linear_backward(dy, saved, *split_base(weight), *options)
+            dx, dbias, dscale = (out if need else None for out, need in zip(outs, needs, strict=True))
         else:
-            outs = _backward(dy, saved, weight, *options)
-        dx, dbias, dscale = (out if need else None for out, need in zip(outs, needs, strict=True))
+            dx, dbias, dscale = _backward(dy, saved, weight, *options)
         scales_output = scale is not None and not is_feedforward
         if dbias is not None:
             dbias = (dbias * scale if scales_output else dbias).to(ctx.bias_dtype)
         if dscale is not None:
-            dscale = dscale.to(scale.dtype).view(ctx.scale_shape)
+            dscale = dscale.to(scale.dtype)
+            dscale = dscale if ctx.scale_shape == dscale.shape else dscale.view(ctx.scale_shape)
         dparts: list = [None] * len(parts)
         if parts and ctx.needs_input_grad[4]:
             rows = (x * scale).to(x.dtype) if is_feedforward else x
@@ -96,9 +100,16 @@ class _ScaledLinear(torch.autograd.Function):
         return None, dx, dbias, dscale, *dparts
 
 
+def _vector(scale: torch.Tensor | None) -> torch.Tensor | None:
+    """(n, 1) or (1, n) -> (n,)."""
+    return scale if scale is None or scale.ndim == 1 else scale.reshape(-1)
+
+
 def _rows(t: torch.Tensor) -> torch.Tensor:
     """(..., n) -> (M, n); not by -1, which is ambiguous where n = 0."""
-    return t if t.ndim == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    if t.ndim == 2:
+        return t
+    return t.flatten(0, -2) if t.ndim > 2 else t.unsqueeze(0)
 
 
 def _forward(x, weight, bias, scale, is_feedforward, keep, backend):
@@ -128,19 +139,22 @@ def _forward_fake(x, parts, meta, bias, scale, is_feedforward, keep, backend):
 
 
 def _backward(dy, saved, weight, scale, is_feedforward, needs, backend):
+    """dx, sums of dy and gradient of the scale; None for what is not needed."""
     n, k = weight.shape
     if dy.numel() == 0:
-        return tuple(out.zero_() for out in _gradients(dy, n, k, is_feedforward, needs))
+        outs = _gradients(dy, n, k, is_feedforward, needs)
+        return tuple(out.zero_() if need else None for out, need in zip(outs, needs, strict=True))
     run = dispatch.implementation("scaled_linear", backend).backward
     dx, *sums = run(_rows(dy), None if saved is None else _rows(saved), weight, scale, is_feedforward, *needs)
     if dx is not None and dy.ndim != 2:
         dx.resize_(*dy.shape[:-1], k)
-    return tuple(dy.new_empty(0) if result is None else result for result in (dx, *sums))
+    return dx, *sums
 
 
 @torch.library.impl(_lib, "scaled_linear_backward", "CompositeExplicitAutograd")
 def _backward_op(dy, saved, parts, meta, *args):
-    return _backward(dy, saved, join_base(parts, meta), *args)
+    outs = _backward(dy, saved, join_base(parts, meta), *args)
+    return tuple(dy.new_empty(0) if out is None else out for out in outs)
 
 
 @torch.library.register_fake("peft_kernels::scaled_linear_backward", lib=_lib)

@@ -12,6 +12,7 @@ from ...weight4bit import Weight4bit, check_base
 from . import reference
 from .autograd import apply
 from .scales import combined_scale
+from .vendor import why_vendor
 
 
 def ia3_linear(
@@ -62,7 +63,8 @@ def bitfit_linear(x: torch.Tensor, weight: torch.Tensor | Weight4bit, bias: torc
     Returns:
         Tensor: (..., N) of x's dtype, accumulated in float32. Under autocast, of the autocast dtype.
 
-    x is not saved for backward (but where a dense W is trained); db is summed in float32 in one pass over dY.
+    x is not saved for backward (but where a dense W is trained); db is summed in float32 in one pass over dY. Over a
+    dense W on a CPU all that is what torch's own linear layer does, and `auto` calls it.
 
     Raises:
         TypeError: weight is neither kind, or bias no tensor. ValueError: a shape, dtype or device does not fit.
@@ -116,7 +118,8 @@ def _scaled_linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         weight = weight.to(x.dtype) if isinstance(weight, torch.Tensor) else weight
-    backend = dispatch.choose("scaled_linear", x.device, (x.dtype, *(t.dtype for t in (bias, scale) if t is not None)))
+    dtypes = (x.dtype, *(t.dtype for t in (bias, scale) if t is not None))
+    backend = dispatch.choose("scaled_linear", x.device, dtypes, why_vendor(x, weight, bias, scale, is_feedforward))
     if backend == "reference":
         return reference.scaled_linear(x, weight, bias, scale, is_feedforward)
     return apply(x, weight, bias, scale, is_feedforward, backend)
