@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 from test_bottleneck_adapter import FP32, NAMES, Case
-from triton_support import DEVICE, HALVES, seed
+from triton_support import DEVICE, HALVES, Traffic, seed
 
 import peft_kernels as pk
 from peft_kernels.ops.bottleneck_adapter.activations import ACTIVATIONS
 from peft_kernels.ops.bottleneck_adapter.triton_backward import column_products
+from peft_kernels.ops.bottleneck_adapter.triton_kernels import backward, forward
 from peft_kernels.testing import assert_within_budget
 from peft_kernels.triton_common import interpreting
 from peft_kernels.triton_common.lowrank import LowRank, expand_add
@@ -155,3 +156,48 @@ def test_column_products_drop_what_the_forward_pass_drops(poison):
     products, sums = column_products(ones, t, FP32, None, gate, 0.3, key)
     assert_within_budget(products, t.double().t() @ mask.double(), t.t() @ mask)
     assert_within_budget(sums, gate.double() @ mask.double(), gate @ mask)
+
+
+def traffic_case(norm, added):
+    """(tensors by name, the arguments that forward and backward share) of two programs, each of 64 rows or a part."""
+    rows, k, rank, n = 70, 150, 20, 150
+    shapes = {"x": (rows, k), "residual": (rows, n), "dy": (rows, n), "down": (rank, k), "up": (n, rank)}
+    shapes |= {"down_bias": (rank,), "up_bias": (n,), "channel": (n,), "gate": (rows,)}
+    shapes |= {"ln_weight": (k,), "ln_bias": (k,)} if norm else {}
+    tensors = {name: torch.rand(shape, dtype=HALF) for name, shape in shapes.items()}
+    if added != "other":
+        del tensors["residual"]
+    names = ("down", "down_bias", "up", "up_bias", "ln_weight", "ln_bias", "channel", "gate")
+    return tensors, (*map(tensors.get, names), added == "x", "silu", 0.5, 1e-5, 0.0, None)
+
+
+@pytest.mark.skipif(not interpreting(), reason="the interpreter tells what is accessed")
+@pytest.mark.parametrize("added", ["none", "x", "other"])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_forward_moves_every_byte_once(norm, added):
+    """x once, and once more where it is the residual; y once; parameters once in each of the two programs."""
+    tensors, shared = traffic_case(norm, added)
+    with Traffic() as moved:
+        y, z, stats = forward(tensors["x"], tensors.get("residual"), *shared, True)
+    del tensors["dy"]
+    expected = dict.fromkeys(tensors, 2) | {"gate": 1, "x": 2 if added == "x" else 1}
+    expected |= {"residual": 1} if added == "other" else {}
+    assert moved.times("loaded", **tensors) == expected | {"elsewhere": 0}
+    results = {"y": y, "z": z} | ({"stats": stats} if norm else {})
+    assert moved.times("stored", **results) == dict.fromkeys(results, 1) | {"elsewhere": 0}
+
+
+@pytest.mark.skipif(not interpreting(), reason="the interpreter tells what is accessed")
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_backward_reads_each_matrix_once_a_kernel(norm):
+    """By rows: dY, and again where it is x's gradient too, and x for LN's; by columns: dY and x for the weights."""
+    tensors, shared = traffic_case(norm, "x")
+    x, dy = tensors["x"], tensors["dy"]
+    _, z, stats = forward(x, None, *shared, True)
+    with Traffic() as moved:
+        dx = backward(dy, x, z, stats, *shared, x.dtype, [True, *[True] * 4, *[norm] * 2, True, True])[0]
+    expected = {"dy": 3, "x": 1 + norm, "z": 1, "down": 2, "up": 2}
+    found = moved.times("loaded", **{name: tensors.get(name, z) for name in expected})
+    del found["elsewhere"]  # the partial sums, and vectors
+    assert found == expected
+    assert moved.times("stored", dx=dx)["dx"] == 1

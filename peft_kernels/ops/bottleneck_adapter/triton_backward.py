@@ -68,15 +68,15 @@ def _bottleneck_bwd_kernel(
         tl.store(dz_ptr + of_rank, dz, mask=in_rank)
     if hidden_ptr is not None:
         tl.store(hidden_ptr + of_rank, value, mask=in_rank)
+    if ln_weight_ptr is not None:
+        hidden_sum = tl.load(hidden_sum_ptr + r, mask=r_in, other=0.0)
+        hidden_bias = tl.load(hidden_bias_ptr + r, mask=r_in, other=0.0)
+        c1 = tl.sum(dz * hidden_sum[None, :], 1) / K
+        c2 = tl.sum(dz * (z - hidden_bias[None, :]), 1) / K
+        mean = tl.load(stats_ptr + m, mask=m < M, other=0.0)
+        inverse_std = tl.load(stats_ptr + M + m, mask=m < M, other=0.0)
 
     if dx_ptr is not None:
-        if ln_weight_ptr is not None:
-            mean = tl.load(stats_ptr + m, mask=m < M, other=0.0)
-            inverse_std = tl.load(stats_ptr + M + m, mask=m < M, other=0.0)
-            hidden_sum = tl.load(hidden_sum_ptr + r, mask=r_in, other=0.0)
-            hidden_bias = tl.load(hidden_bias_ptr + r, mask=r_in, other=0.0)
-            c1 = tl.sum(dz * hidden_sum[None, :], 1) / K
-            c2 = tl.sum(dz * (z - hidden_bias[None, :]), 1) / K
         if DOWN_PIECES == 1:
             dz = dz.to(down_ptr.dtype.element_ty)
         for k0 in range(0, K, BLOCK):

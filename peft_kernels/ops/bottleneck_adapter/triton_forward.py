@@ -10,28 +10,28 @@ from ...triton_common.device import apply_dropout, dot_wide
 
 
 @triton.jit
-def _row_statistics(x_ptr, m_in, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and 1 / std of the rows at x_ptr, one tile's joined to those of the tiles before (Chan et al., 1979).
+def _join_tile(x, k_in, k0, K, eps, base, mean, squares, scale, BLOCK: tl.constexpr):
+    """(x - mean) * scale of a tile's rows, and base, mean, squares, scale with the tile joined (Chan et al., 1979).
 
-    Around the first tile's mean: joining then rounds at the scale of what varies, however far from zero a row lies.
+    base + mean is the mean of a row so far, and its sum of squares is around that. base is the first tile's mean:
+    joining then rounds at the scale of what varies, however far from zero a row lies. That x is taken around the mean
+    so far rather than the whole row's is made good by the caller; by Hardy's inequality it costs a rounded operand at
+    most a factor of sqrt(5) in the root mean square, where the first tile's mean alone could cost sqrt(K / BLOCK).
+    scale is 1 / std so far, rounded down to a power of two, whose products are exact: it keeps operands near 1.
     """
-    k = tl.arange(0, BLOCK_K)
-    first = tl.load(x_ptr + k[None, :], mask=m_in & (k < K)[None, :], other=0.0).to(tl.float32)
-    shift = tl.sum(first, 1) / tl.sum((k < K).to(tl.float32), 0)
-    mean = tl.zeros([BLOCK_M], tl.float32)
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k_in = (k < K - k0)[None, :]
-        x = tl.load(x_ptr + (k0 + k)[None, :], mask=m_in & k_in, other=0.0).to(tl.float32)
-        x = tl.where(k_in, x - shift[:, None], 0.0)
-        count = tl.minimum(K - k0, BLOCK_K).to(tl.float32)
-        share = count / (k0 + count)
-        tile_mean = tl.sum(x, 1) / count
-        d = tl.where(k_in, x - tile_mean[:, None], 0.0)
-        delta = tile_mean - mean
-        mean += delta * share
-        squares += tl.sum(d * d, 1) + delta * delta * (k0 * share)
-    return shift + mean, 1.0 / tl.sqrt(squares / K + eps)
+    count = tl.minimum(K - k0, BLOCK).to(tl.float32)
+    share = count / (k0 + count)
+    x = tl.where(k_in, x - base[:, None] - mean[:, None], 0.0)
+    delta = tl.sum(x, 1) / count
+    step = delta * share
+    d = tl.where(k_in, x - delta[:, None], 0.0)
+    squares += tl.sum(d * d, 1) + delta * step * k0
+    base = tl.where(k0 == 0, delta, base)
+    mean = tl.where(k0 == 0, 0.0, mean + step)
+    inverse_std = 1.0 / tl.sqrt(squares / (k0 + count) + eps)
+    scale = (inverse_std.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    scale = tl.minimum(scale, 2.0**100)  # finite where a tile of equal values meets no eps
+    return (x - step[:, None]) * scale[:, None], step, base, mean, squares, scale
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -50,26 +50,37 @@ def _bottleneck_fwd_kernel(
     m_in, r_in = (m < M)[:, None], r < rank
     row = m.to(tl.int64)[:, None]
     x_ptr += row * stride_xm
-    if ln_weight_ptr is not None:
-        mean, inverse_std = _row_statistics(x_ptr, m_in, K, eps, BLOCK_M, BLOCK)
-        if stats_ptr is not None:
-            tl.store(stats_ptr + m, mean, mask=m < M)
-            tl.store(stats_ptr + M + m, inverse_std, mask=m < M)
-
     z = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    if ln_weight_ptr is not None:  # z = sum_k (x - mean) scale gamma Wd, kept true for the mean and scale so far
+        base, mean = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+        squares, scale = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], 1.0, tl.float32)
+        weight_sum, bias_sum = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
     down_ptr += r[None, :] * stride_dr + c[:, None]
     for k0 in range(0, K, BLOCK):
         k_in = c < K - k0
         x = tl.load(x_ptr + (k0 + c)[None, :], mask=m_in & k_in[None, :], other=0.0)
         w = tl.load(down_ptr + k0, mask=k_in[:, None] & r_in[None, :], other=0.0)
         if ln_weight_ptr is not None:
-            weight = tl.load(ln_weight_ptr + k0 + c, mask=k_in, other=0.0).to(tl.float32)
-            x = (x.to(tl.float32) - mean[:, None]) * inverse_std[:, None] * weight[None, :]
+            gamma = tl.load(ln_weight_ptr + k0 + c, mask=k_in, other=0.0).to(tl.float32)
+            before = scale
+            x, step, base, mean, squares, scale = _join_tile(
+                x.to(tl.float32), k_in[None, :], k0, K, eps, base, mean, squares, scale, BLOCK
+            )
+            x *= gamma[None, :]
+            z = z * (scale / before)[:, None] - (step * scale)[:, None] * weight_sum[None, :]
+            weight_sum += tl.sum(w.to(tl.float32) * gamma[:, None], 0)
             if ln_bias_ptr is not None:
-                x += tl.load(ln_bias_ptr + k0 + c, mask=k_in, other=0.0).to(tl.float32)[None, :]
+                beta = tl.load(ln_bias_ptr + k0 + c, mask=k_in, other=0.0).to(tl.float32)
+                bias_sum += tl.sum(w.to(tl.float32) * beta[:, None], 0)
         if DOWN_PIECES == 1:
             x = x.to(w.dtype)
         z = dot_wide(x, w, z, DOWN_PIECES)
+    if ln_weight_ptr is not None:
+        inverse_std = 1.0 / tl.sqrt(squares / K + eps)
+        z = z * (inverse_std / scale)[:, None] + bias_sum[None, :]
+        if stats_ptr is not None:
+            tl.store(stats_ptr + m, base + mean, mask=m < M)
+            tl.store(stats_ptr + M + m, inverse_std, mask=m < M)
     if down_bias_ptr is not None:
         z += tl.load(down_bias_ptr + r, mask=r_in, other=0.0).to(tl.float32)[None, :]
     if z_ptr is not None:

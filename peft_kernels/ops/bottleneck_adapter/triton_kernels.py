@@ -119,8 +119,7 @@ def backward(
     down, up = row_major(down_weight), row_major(up_weight)
     vectors = [None if v is None else v.contiguous() for v in (down_bias, up_bias, ln_weight, ln_bias, channel, gate)]
     stats_or_none = None if ln_weight is None else stats
-    # a backward program holds four tiles of the rank: hidden, its gradient, value and slope
-    rows = _fused_rows if up.shape[1] <= 64 else triton_wide.rows
+    rows = _fused_rows if fused(up.shape[1], _pieces(down), _pieces(up)) else triton_wide.rows
     dx, dz, hidden, dgate = rows(
         dy, x, z, stats_or_none, down, up, vectors, add_x, activation, scaling, dropout_p, seed, x_dtype, needs
     )
