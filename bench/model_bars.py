@@ -98,10 +98,13 @@ def _small_bars(device: Device, sass: dict[tuple[str, str], float]) -> Iterator[
 def _other_bars(device: Device) -> Iterator[Bar]:
     (n, k), m = LARGE, 8192
     copy = training.copy_seconds
-    # reads x for the products and again for the residual; the last reading may come from L2
+    # x is read for the product and, from its end, as the residual: what half of the L2 cache holds of the rows in work
+    # comes from there (y is stored to be evicted first)
     width, r = 4096, 64
     tensor = 4 * m * width * r / (device.flops * GEMM)
-    ours = max(copy(device, 3 * HALF * m * width), tensor) + LAUNCH
+    rows = min(m, 64 * device.multiprocessors)
+    again = 1 - min(1.0, device.l2 / 2 / (HALF * rows * width))
+    ours = max(copy(device, (2 + again) * HALF * m * width), tensor) + LAUNCH
     yield Bar("bottleneck 4096 r=64 forward, M=8192", "share of copy bandwidth", 0.75, True,
               copy(device, 2 * HALF * m * width) / ours)  # fmt: skip
     eager = copy(device, 7 * HALF * m * width) + 6 * LAUNCH  # two products, scaling, sum

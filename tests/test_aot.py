@@ -69,7 +69,9 @@ def test_compiles(name, machine):
         assert report.shared <= target.shared_limit
         if report.kernel in MATRIX_KERNELS:
             assert report.matrix_instructions, "no matrix instruction: the compiler dropped the product"
-            if case.rows >= 64 and machine in NATIVE:
+            # 64 rows of more than 128 inner units spill there
+            narrow = machine == "sm_100" and report.kernel == "_bottleneck_bwd_kernel" and report.block_m < 64
+            if case.rows >= 64 and machine in NATIVE and not narrow:
                 assert NATIVE[machine] in report.matrix_instructions
         hold(row)
 

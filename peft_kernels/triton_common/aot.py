@@ -61,7 +61,10 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler made of one launch. spills: bytes of stack and local memory a thread; shared in bytes."""
+    """What the compiler made of one launch. spills: bytes of stack and local memory a thread; shared in bytes.
+
+    block_m: the launch's BLOCK_M, 0 where its kernel has none.
+    """
 
     kernel: str
     registers: int
@@ -69,6 +72,7 @@ class Report:
     shared: int
     matrix_instructions: frozenset[str]
     binary: bytes
+    block_m: int = 0
 
 
 def cases() -> Iterator[tuple[str, Case]]:
@@ -102,7 +106,8 @@ def compile_launch(launch: Launch, machine: Machine) -> Report:
         registers = _number(r"REG:(\d+)", usage)
         spills = _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
     found = frozenset(re.findall(machine.matrix_instruction, text))
-    return Report(launch.kernel.fn.__name__, registers, spills, compiled.metadata.shared, found, binary)
+    block_m = launch.args.get("BLOCK_M", 0)
+    return Report(launch.kernel.fn.__name__, registers, spills, compiled.metadata.shared, found, binary, block_m)
 
 
 def specialize(launch: Launch) -> tuple[dict, dict, dict]:

@@ -35,8 +35,9 @@ def _infer(rows: int, k: int, rank: int) -> None:
 
 
 def cases() -> Iterator[Case]:
-    """Houlsby and Pfeiffer adapters in training, the widest that one program takes, float32, and one row."""
-    for k, rank, activation in ((4096, 64, "relu"), (768, 48, "gelu_tanh"), (4096, 128, "gelu"), (4096, 256, "gelu")):
+    """Houlsby and Pfeiffer adapters in training, the widest that one program takes, wider, float32, and one row."""
+    sizes = ((4096, 64, "relu"), (768, 48, "gelu_tanh"), (4096, 128, "gelu"), (4096, 256, "gelu"), (4096, 512, "gelu"))
+    for k, rank, activation in sizes:
         for options in (False, True):
             name = f"K={k} r={rank} {activation}{' all options' if options else ''} bf16"
             yield Case(name, 8192, partial(_train, 8192, k, rank, BF16, BF16, options, activation))

@@ -92,11 +92,16 @@ def _bottleneck_fwd_kernel(
     factor = tl.zeros([BLOCK_M], tl.float32) + scaling
     if gate_ptr is not None:
         factor *= tl.load(gate_ptr + m, mask=m < M, other=0.0).to(tl.float32)
-    for n0 in range(0, N, BLOCK):
+    last = (tl.cdiv(N, BLOCK) - 1) * BLOCK
+    for back in range(0, N, BLOCK):  # from the end: where x is the residual, that part of it is still in the L2 cache
+        n0 = last - back
         n = n0 + c
         n_in = n < N
+        inside = m_in & n_in[None, :]
         w = tl.load(up_ptr + n.to(tl.int64)[None, :] * stride_un + r[:, None], mask=r_in[:, None] & n_in[None, :],
                     other=0.0)  # fmt: skip
+        if residual_ptr is not None:  # on its way during the product
+            added = tl.load(residual_ptr + row * stride_am + n[None, :], mask=inside, other=0.0)
         u = dot_wide(hidden, w, tl.zeros([BLOCK_M, BLOCK], tl.float32), UP_PIECES)
         if up_bias_ptr is not None:
             u += tl.load(up_bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)[None, :]
@@ -105,7 +110,7 @@ def _bottleneck_fwd_kernel(
         u *= factor[:, None]
         if DROPOUT:
             u = apply_dropout(u, seed_ptr, threshold, inverse_keep, m0, n0, BLOCK_M, BLOCK)
-        inside = m_in & n_in[None, :]
         if residual_ptr is not None:
-            u += tl.load(residual_ptr + row * stride_am + n[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row * N + n[None, :], u.to(y_ptr.dtype.element_ty), mask=inside)
+            u += added.to(tl.float32)
+        # y must not drive x out of the cache
+        tl.store(y_ptr + row * N + n[None, :], u.to(y_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")
