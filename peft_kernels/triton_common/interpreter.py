@@ -29,7 +29,7 @@ def _index_scalars() -> None:
 
 
 def _patch_once() -> None:
-    """A call of a device function finds what the launch has patched; patching it again takes most of a launch's time."""
+    """A call of a device function finds what the launch has patched, rather than patching all of it again."""
     patch = interpreter._patch_lang
     patched: list[Any] = []  # the modules, during a launch
 
