@@ -26,9 +26,11 @@ def forward(x, added, down, up, vectors, activation, scaling, ln_eps, dropout_p,
         stats = torch.stack((mean.flatten(), inverse_std.flatten()))
     z = F.linear(h.to(down.dtype), down, None if down_bias is None else down_bias.to(down.dtype))
     left, right = ACTIVATIONS[activation](z.float()), _scaled_up(up, channel)
-    if up_bias is not None:  # one more column, so that the bias is scaled and dropped like the product
-        bias = up_bias.float() if channel is None else up_bias.float() * channel.float()
-        left, right = F.pad(left, (0, 1), value=1.0), torch.cat((right.float(), bias[:, None]), 1)
+    if up_bias is not None:  # one more column, scaled and dropped like the product; rows stay aligned
+        rank, bias = up.shape[1], up_bias.float() if channel is None else up_bias.float() * channel.float()
+        padding = (0, 16 - rank % 16)
+        left, right = F.pad(left, padding), F.pad(right.float(), padding)
+        left[:, rank], right[:, rank] = 1.0, bias
     if gate is not None:
         left = left * gate.float()[:, None]
     shape = x.shape[0], up.shape[0]
