@@ -37,7 +37,7 @@ class OnDevice(Case):
 
     def draws(self):
         """The interpreter is slow: as few as leave the largest error of a result no luck."""
-        if self.r >= 256 or self.m > 100 or self.k > 500:
+        if self.r > 256 or self.m > 100 or self.k > 500:
             return 1
         return 60 if self.r == 1 else 20 if self.m == 1 or self.scaling == "learned" else 4
 
