@@ -39,7 +39,7 @@ def _bottleneck_bwd_kernel(
     dgate, c1, c2 = zero, zero, zero
     dh = ()
     for _ in tl.static_range(RANKS):
-        dh += (tl.zeros([BLOCK_M, BLOCK_R], tl.float32),)
+        dh += (tl.zeros([BLOCK_M, BLOCK_R], tl.float32),)  # type: ignore[assignment]
     for n0 in range(0, N, BLOCK):
         n = n0 + c
         n_in = n < N
@@ -57,7 +57,7 @@ def _bottleneck_bwd_kernel(
         for i in tl.static_range(RANKS):
             w = tl.load(up_ptr + n.to(tl.int64)[:, None] * stride_un + (i * BLOCK_R + r)[None, :],
                         mask=n_in[:, None] & (i * BLOCK_R + r < rank)[None, :], other=0.0)  # fmt: skip
-            sums += (dot_wide(dy, w, dh[i], UP_PIECES),)
+            sums += (dot_wide(dy, w, dh[i], UP_PIECES),)  # type: ignore[assignment]
         dh = sums
 
     dzs = ()
@@ -82,7 +82,7 @@ def _bottleneck_bwd_kernel(
             hidden_bias = tl.load(hidden_bias_ptr + ri, mask=ri < rank, other=0.0)
             c1 += tl.sum(dz * hidden_sum[None, :], 1) / K
             c2 += tl.sum(dz * (z - hidden_bias[None, :]), 1) / K
-        dzs += (dz.to(down_ptr.dtype.element_ty) if DOWN_PIECES == 1 else dz,)
+        dzs += (dz.to(down_ptr.dtype.element_ty) if DOWN_PIECES == 1 else dz,)  # type: ignore[assignment]
     if dgate_ptr is not None:
         tl.store(dgate_ptr + m, dgate * scaling, mask=m < M)
 
