@@ -2,7 +2,7 @@
 #
 # PYTHON  the Python to make .venv from (3.10 or later)
 # PYTEST  more arguments for pytest, for example PYTEST="-k lora -x"; `make test` is then that one run of pytest
-# JOBS    processes that `make test` runs side by side
+# JOBS    processes that `make test` and `make sanitize` run side by side
 # OUT, MINUTES  of `make gpu-check`
 
 PYTHON ?= python3
@@ -61,8 +61,8 @@ sanitize: .venv/installed
 	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv -g1" \
 	$(PY) setup.py --quiet build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	cd $(SANITIZE)/lib && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
-	$(CURDIR)/$(PY) -m pytest -q -p no:cacheprovider -o pythonpath= -k "not bitsandbytes" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" OMP_NUM_THREADS=1 \
+	$(CURDIR)/$(PY) -m pytest -q -n $(JOBS) --dist worksteal -p no:cacheprovider -o pythonpath= -k "not bitsandbytes" \
 	$(addprefix $(CURDIR)/,$(wildcard tests/test_native_*.py)) $(PYTEST)
 
 clean:

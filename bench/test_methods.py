@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -101,6 +102,19 @@ def test_a_wrong_kernel_gives_no_row(monkeypatch):
     monkeypatch.setattr(methods.pk, "replace_layers", wrong)
     found = {row["way"]: row for row in method_table.rows(SETTING, (METHODS[0],))}
     assert "check failed" in found["fused"]["why_not"] and "why_not" not in found["unfused"]
+
+
+def test_one_wrong_kind_of_gradient_gives_no_row():
+    pytest.importorskip("peft")
+
+    def wrong(model):
+        for name, parameter in model.named_parameters():
+            if "0.self_attn.q_proj.lora_B" in name:
+                parameter.register_hook(lambda gradient: gradient * (1 + 1e-5))
+        return {}, None
+
+    found = {row["way"]: row for row in method_table.rows(SETTING, (replace(METHODS[0], fuse=wrong),))}
+    assert "q_proj.lora_B" in found["fused"]["why_not"] and "why_not" not in found["unfused"]
 
 
 def row(trainable, memory, overhead, merged=None, adapter=100, step=1.0):
