@@ -101,7 +101,7 @@ def _why_not_output(attention: Any) -> str | None:
     project = getattr(attention, "o_proj", None)
     if project is None or type(project) is nn.Linear or type(project) in FOUR_BIT:
         return None
-    if type(project).__module__.startswith(ScaleBias.__module__):  # its bias, or a scale and a bias, are trained
+    if type(project).__module__ == ScaleBias.__module__:  # its bias, or a scale and a bias, are trained
         return None
     if f"{type(project).__module__}.{type(project).__qualname__}".startswith("bitsandbytes.nn.modules.Linear4bit"):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import native
+from ..linear_4bit.native_calls import row_major
 from .activations import activation_code
 
 _Vector = torch.Tensor | None
@@ -144,9 +145,6 @@ def _adapter(
 
 
 def _rows(t: torch.Tensor) -> tuple[torch.Tensor, _Matrix]:
-    """t, copied unless its rows are contiguous (a stride between rows is fine), and as the core takes it."""
-    ld, step = t.stride()
-    if step != 1 or ld < t.shape[1]:
-        t = t.contiguous()
-        ld = t.shape[1]
-    return t, (t.data_ptr(), native.dtype_code(t.dtype), ld)
+    """t with contiguous rows, and as the core takes it."""
+    t = row_major(t)
+    return t, (t.data_ptr(), native.dtype_code(t.dtype), t.stride(0))

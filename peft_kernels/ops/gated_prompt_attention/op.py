@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from ..prefix_attention import library
 from ..prefix_attention.arguments import (
     additive_mask,
@@ -121,7 +122,7 @@ class _GatedPromptAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
         need_base, *need = ctx.needs_input_grad[:7]
         q, prompt_k, prompt_v, gate, lse, *keys = ctx.saved_tensors

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from ...checks import check_bias, check_device, check_input
 from ...weight4bit import Weight4bit, check_weight4bit
 from . import reference
@@ -70,7 +71,7 @@ class _Linear4bit(torch.autograd.Function):
         return _run_forward(x, weight, bias, backend)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
         weight, meta, backend = ctx.static
         parts = ctx.saved_tensors

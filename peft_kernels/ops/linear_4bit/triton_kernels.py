@@ -13,6 +13,7 @@ from ...triton_common.lowrank import NO_LOW_RANK, LowRank
 from ...triton_common.planes import split_count, sum_planes
 from ...weight4bit import Weight4bit
 from ..nf4.triton_kernels import statistics
+from .native_calls import row_major
 from .triton_gemm import _linear_4bit_bwd_kernel, _linear_4bit_fwd_kernel
 from .triton_vendor import vendor_backward, vendor_forward
 
@@ -158,11 +159,6 @@ def fused_backward(dy: torch.Tensor, weight: Weight4bit, term: LowRank | None) -
         **tile_arguments(tile, weight, on),
     )
     return dx if splits == 1 else sum_planes(planes, dx)
-
-
-def row_major(x: torch.Tensor) -> torch.Tensor:
-    """x with contiguous rows (a stride between rows is fine)."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 _DROPOUT_ARGUMENTS = {"seed_ptr", "threshold", "inverse_keep", "DROPOUT"}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from ...dropout import draw_seeds
 from ...weight4bit import Weight4bit, check_base, join_base, split_base
 from . import reference
@@ -119,7 +120,7 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
         weight, n_parts, meta, _, scaling, dropout_p, backend = ctx.static
         n = len(scaling)

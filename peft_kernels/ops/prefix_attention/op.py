@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from . import library, reference
 from .arguments import (
     additive_mask,
@@ -100,7 +101,7 @@ class _PrefixAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
         q, k, v, prefix_k, prefix_v, mask, out, lse = ctx.saved_tensors
         need = ctx.needs_input_grad[:5]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from ...checks import bad_type, bad_value, check_tensor
 from . import reference
 
@@ -78,7 +79,7 @@ class _PromptEmbedding(torch.autograd.Function):
         return torch.ops.peft_kernels.prompt_embedding_forward(input_ids, weight, prompt, backend)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
         ops = torch.ops.peft_kernels
         dweight = dprompt = None

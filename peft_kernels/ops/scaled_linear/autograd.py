@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ... import dispatch
+from ...autograd import once_differentiable
 from ...weight4bit import Weight4bit, join_base, split_base
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
@@ -71,7 +72,7 @@ class _ScaledLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
         weight, meta, is_feedforward, backend = ctx.static
         x, unscaled, scale, *parts = ctx.saved_tensors
