@@ -42,6 +42,8 @@ class AttentionCase:
 
 def _attention(q, k, v, attn_mask, is_causal, scale):
     """torch's fused attention; a mask and causality may come together."""
+    if q.is_cuda:  # few of its kernels there take grouped heads; the others give way to products in float32
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     if attn_mask is not None:
         attn_mask = additive_mask(attn_mask, is_causal, q.shape[2], k.shape[2], q.dtype, q.device)
     options = {"is_causal": is_causal and attn_mask is None, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}

@@ -27,9 +27,9 @@ def dot_float32(a, b, acc):
 
 @triton.jit
 def dot_wide(x, w, acc, PIECES: tl.constexpr):
-    """acc + x w, w as accurate as PIECES says.
-
-    1: w rounded to x's dtype. 3: x is bfloat16, w a sum of three bfloat16 with 24 bits together. 6: both float32.
+    """acc + x w, w as accurate as PIECES says. 1: rounded to x's dtype. 6: both float32. 3: x is bfloat16, w a sum of
+    three bfloat16 with 24 bits together. Each call is summed apart: tensor cores cut off, at every product, what their
+    accumulator cannot hold, and over a long sum that loses more than float32's rounding does.
     """
     if PIECES == 1:
         return dot(x, w.to(x.dtype), acc)
@@ -39,7 +39,7 @@ def dot_wide(x, w, acc, PIECES: tl.constexpr):
         rest = w - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        return dot(x, high, dot(x, middle, dot(x, low, acc)))
+        return acc + dot(x, high, dot(x, middle, dot(x, low, tl.zeros_like(acc))))
     else:
         return dot_float32(x, w, acc)
 

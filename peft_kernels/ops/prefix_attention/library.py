@@ -130,16 +130,17 @@ def _gpu_backward(dy, q, k, v, out, lse, mask, is_causal, scale):
     kv_heads = k.shape[1]
     k, v = (_repeat(t, q) for t in (k, v))
     if _flash_fits(q, k, mask, is_causal):
-        none, state = (
-            torch.empty(0, dtype=torch.int32, device=q.device),
-            torch.zeros(2, dtype=torch.uint64, device=q.device),
-        )
+        # without cumulative lengths it is dense: even an empty tensor of them would mean ragged sequences
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-            dy, q, k, v, out, lse, none, none, q.shape[2], k.shape[2], 0.0, is_causal, state, state[:0], scale=scale
+            dy, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal, state, state[:0], scale=scale
         )
     else:
         q, k, v, bias, padded = _efficient_arguments(q, k, v, mask)
-        dy, out = (F.pad(t, (0, padded)) for t in (dy, out))
+        if padded:
+            dy, out = (F.pad(t, (0, padded)) for t in (dy, out))
+        # taken for token-major, as its forward returns it, whatever the strides are
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
         lse = F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)  # whole blocks, as its forward allocates them
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
