@@ -1,0 +1,181 @@
+"""What a user does on a GPU: replaced models train, generate, compile and are captured as on the CPU."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_llama_base, tokens
+
+import peft_kernels as pk
+from peft_kernels import functional
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BF16 = torch.bfloat16
+
+
+def four_bit(model, dtype=BF16):
+    """The model on the device, its linear layers in bitsandbytes' 4 bits; they are quantized there."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and "lora" not in name and "lm_head" not in name:
+            layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype,
+                                      quant_type="nf4")  # fmt: skip
+            layer.load_state_dict(module.state_dict())
+            model.set_submodule(name, layer)
+    return model.to(DEVICE)
+
+
+def qlora(r=8):
+    """A tiny QLoRA model on the device, adapters in float32 as PEFT makes them, and the batch."""
+    peft = pytest.importorskip("peft")
+    base = four_bit(tiny_llama_base(dtype=BF16))
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=r, target_modules="all-linear", init_lora_weights=False)
+    return peft.get_peft_model(base, config).to(DEVICE), tokens().to(DEVICE)
+
+
+def gradients(model, ids):
+    """Loss and gradients."""
+    model.zero_grad()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_close(ours, theirs, tolerance=0.03):
+    """Root-mean-square difference, relative: bfloat16 models of two layers differ by several roundings."""
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        error = (value.double() - theirs[name].double()).square().mean().sqrt()
+        scale = theirs[name].double().square().mean().sqrt()
+        assert error <= tolerance * scale, f"{name}: {error / scale:.3g}"
+
+
+@pytest.mark.parametrize("kind", ["dense", "4bit"])
+def test_lora_model(kind):
+    if kind == "4bit":
+        model, ids = qlora()
+    else:
+        model, ids = tiny_llama(dtype=BF16).to(DEVICE), tokens().to(DEVICE)
+    theirs = gradients(copy.deepcopy(model), ids)
+    report = pk.replace_layers(model)
+    assert report.counts["replaced"] == 14 and not report.left, str(report)
+    assert "triton" in pk.explain(model, input_ids=ids)
+    check_close(gradients(model, ids), theirs)
+    pk.restore_layers(model)
+    check_close(gradients(model, ids), theirs)
+
+
+def test_generation():
+    model, ids = qlora()
+    model.eval()
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    stock = copy.deepcopy(model)
+    pk.replace_layers(model)
+    with torch.no_grad():
+        check_close({"logits": model(ids).logits}, {"logits": stock(ids).logits})
+    assert model.generate(input_ids=ids, **options).shape == (ids.shape[0], ids.shape[1] + 4)
+
+
+def test_training_under_autocast_and_checkpointing():
+    peft = pytest.importorskip("peft")
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.2)
+        model = peft.get_peft_model(tiny_llama_base().to(DEVICE), config).to(DEVICE).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        pk.replace_layers(model)
+        torch.manual_seed(4)
+        with torch.autocast(DEVICE.type, BF16):
+            results.append(gradients(model, tokens().to(DEVICE)))
+    check_close(results[1], results[0], 1e-4)
+
+
+@pytest.mark.parametrize("m", [1, 16, 700])
+def test_capture_and_replay(m):
+    """A captured layer computes from what its input holds at the replay."""
+    weight = pk.Weight4bit.quantize(torch.randn(256, 512, device=DEVICE, dtype=BF16))
+    a, b = (torch.randn(*shape, device=DEVICE) * 0.1 for shape in ((8, 512), (256, 8)))
+    x = torch.randn(m, 512, device=DEVICE, dtype=BF16)
+
+    def layer():
+        with torch.no_grad():
+            return functional.lora_linear(x, weight, a, b, scaling=2.0)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer()
+    x.normal_()
+    graph.replay()
+    assert torch.equal(captured, layer())
+
+
+@pytest.mark.parametrize("m", [4, 700])
+def test_compiled(m):
+    weight = pk.Weight4bit.quantize(torch.randn(256, 512, device=DEVICE, dtype=BF16))
+    leaves = {
+        "x": torch.randn(m, 512, device=DEVICE, dtype=BF16),
+        "A": torch.randn(8, 512, device=DEVICE) * 0.1,
+        "B": torch.randn(256, 8, device=DEVICE) * 0.1,
+    }
+
+    def run(function):
+        x, a, b = inputs = [t.detach().clone().requires_grad_() for t in leaves.values()]
+        y = function(x, weight, a, b)
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), inputs)]
+
+    def function(x, weight, a, b):
+        return functional.lora_linear(x, weight, a, b, scaling=2.0) * 2
+
+    for ours, eager in zip(run(torch.compile(function, fullgraph=True)), run(function), strict=True):
+        check_close({"value": ours}, {"value": eager}, 0.01)
+
+
+def test_a_second_stream_and_two_runs():
+    """Scratch belongs to a stream, and results do not depend on what runs beside them."""
+    weight = pk.Weight4bit.quantize(torch.randn(2048, 2048, device=DEVICE, dtype=BF16))
+    x = torch.randn(1024, 2048, device=DEVICE, dtype=BF16)
+    expected = functional.linear_4bit(x, weight)
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in range(2)], []
+    for _ in range(4):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(functional.linear_4bit(x, weight))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for y in results)
+
+
+@pytest.mark.parametrize("method", ["ia3", "prefix", "prompt", "adaption", "bitfit", "scale-bias"])
+def test_other_methods(method):
+    peft = pytest.importorskip("peft")
+    configs = {
+        "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+        "adaption": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=5, adapter_layers=2),
+    }
+    model, ids = tiny_llama_base().to(DEVICE), tokens().to(DEVICE)
+    if method in configs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(model, configs[method]()).to(DEVICE)
+    else:
+        _ = pk.prepare_bitfit(model, add_missing=True) if method == "bitfit" else pk.prepare_scale_bias(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # not where a method begins, at zero or one
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    theirs = gradients(copy.deepcopy(model), ids)
+    report = pk.replace_layers(model)
+    assert report.counts["replaced"], str(report)
+    check_close(gradients(model, ids), theirs, 1e-3)
