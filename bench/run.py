@@ -62,6 +62,13 @@ def run_case(case: Case, plan: Plan, tick: Tick = lambda what, done, total: None
     }
 
 
+def broken(case: Case, error: Exception) -> dict[str, Any]:
+    """The record of a case that could not be run to its end."""
+    row = {"contender": OURS, "kind": "ours", "check": "failed", "why": f"{type(error).__name__}: {error}"}
+    facts = {"case": case.name, "op": case.op, "shape": case.shape, "flops": case.flops, "nbytes": case.nbytes}
+    return facts | {"floor_seconds": None, "rows": [row], "absent": {}, "notes": [], "goals": []}
+
+
 def check(work: Work, name: str, tick: Tick) -> dict[str, Any]:
     """The contender's row, with what its check found: passed, failed, or floor (another computation: no check)."""
     tick(f"checking {name}", 0, 1)

@@ -96,6 +96,8 @@ def summary(result: dict[str, Any]) -> list[list[str]]:
     """The header and one row for each case: our time, every other contender's over it, and the goals."""
     rows = []
     for case in result["cases"]:
+        if not case["rows"]:  # nobody could compete
+            continue
         ours = next((row for row in case["rows"] if row["kind"] == "ours"), case["rows"][0])
         others = [row for row in case["rows"] if row is not ours]
         ratios = [f"{row['contender']} {row['time_over_ours']['p50']:.2f}" for row in others if "time_over_ours" in row]

@@ -6,6 +6,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -186,8 +187,16 @@ def test_device_clock_flushes_before_each_call(monkeypatch):
         zero_ = staticmethod(lambda: log.append("flush"))
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
-    seconds = timing._device_seconds(itertools.cycle([lambda: log.append("call")]), 2, flush=Flush)
-    assert log == ["flush", "event", "call", "event"] * 2 + ["synchronize"]
+    clock = timing.DeviceClock(Flush)
+    log.clear()
+    clock.flushing = clock.LEAD
+    seconds = clock(itertools.cycle([lambda: log.append("call")]), 1)
+    assert log == ["flush", "event", "call", "event", "synchronize"] and seconds == 2e-3
+    log.clear()
+    clock.issuing.clear()
+    seconds = clock(itertools.repeat(lambda: (time.sleep(0.01), log.append("call"))), 2)
+    # a call that took long to issue gets a longer head start, up to a bound
+    assert log == ["flush", "event", "call", "event", *["flush"] * 2, "event", "call", "event", "synchronize"]
     assert seconds == 2e-3
 
 

@@ -7,7 +7,6 @@ taken within a round, and their median over the rounds is reported.
 
 from __future__ import annotations
 
-import functools
 import gc
 import itertools
 import math
@@ -68,22 +67,36 @@ def _host_seconds(calls: Calls, repeat: int) -> float:
     return (time.perf_counter() - start) / repeat
 
 
-def _device_seconds(calls: Calls, repeat: int, *, flush: torch.Tensor) -> float:
-    """Seconds per call between two events around it, after its cache was flushed.
+class DeviceClock:
+    """Seconds per call between two events around it, after the device's cache was flushed.
 
-    The flush also gives the host a head start, so that the launch of a single kernel is not in its time.
+    The flushes are also the host's head start: as many as last as long as the call took to issue before, up to LEAD
+    seconds, so that launches are not in its time. A call that takes longer to issue waits for its launches, as in use.
     """
-    module = torch.get_device_module(flush.device)
-    pairs = []
-    for call in itertools.islice(calls, repeat):
-        start, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-        pairs.append((start, end))
-    module.synchronize()
-    return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / repeat
+
+    LEAD = 1e-3
+
+    def __init__(self, flush: torch.Tensor):
+        self.module, self.flush = torch.get_device_module(flush.device), flush
+        self.issuing: dict[int, float] = {}  # id of a call -> seconds, the last time
+        self.flushing = self.LEAD
+        for _ in range(2):  # the first loads the kernel
+            self.flushing = self(itertools.repeat(flush.zero_), 4)
+
+    def __call__(self, calls: Calls, repeat: int) -> float:
+        pairs = []
+        for call in itertools.islice(calls, repeat):
+            start, end = self.module.Event(enable_timing=True), self.module.Event(enable_timing=True)
+            for _ in range(1 + math.ceil(min(self.issuing.get(id(call), 0.0), self.LEAD) / self.flushing)):
+                self.flush.zero_()
+            start.record()
+            before = time.perf_counter()
+            call()
+            self.issuing[id(call)] = time.perf_counter() - before
+            end.record()
+            pairs.append((start, end))
+        self.module.synchronize()
+        return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / repeat
 
 
 def clock(device: torch.device) -> Callable[[Calls, int], float]:
@@ -91,7 +104,7 @@ def clock(device: torch.device) -> Callable[[Calls, int], float]:
     if device.type == "cpu":
         return _host_seconds
     l2 = getattr(torch.get_device_module(device).get_device_properties(device), "L2_cache_size", 64 << 20)
-    return functools.partial(_device_seconds, flush=torch.empty(4 * l2, dtype=torch.uint8, device=device))
+    return DeviceClock(torch.empty(4 * l2, dtype=torch.uint8, device=device))
 
 
 def measure(
@@ -112,9 +125,13 @@ def measure(
     calls = {name: itertools.cycle(copies) for name, copies in contenders.items()}
     for name, copies in contenders.items():  # warm-up: every copy has been touched
         seconds(calls[name], len(copies))
-    once = {name: seconds(calls[name], 2) for name in contenders}
-    repeat = {name: max(1, math.ceil(effort.sample / once[name])) for name in contenders}
-    per_round = sum(once[name] * repeat[name] for name in contenders)
+    sample = effort.sample if device.type == "cpu" else effort.sample / 10  # events time each call by itself
+    repeat, per_round = {}, 0.0
+    for name in contenders:
+        start = time.perf_counter()
+        repeat[name] = max(1, math.ceil(sample / seconds(calls[name], 2)))
+        # what a call takes of this run: on a device its flushes too
+        per_round += (time.perf_counter() - start) / 2 * repeat[name]
     rounds = min(effort.max_rounds, max(effort.min_rounds, int(effort.seconds / per_round)))
 
     order, times = random.Random(0), {name: [] for name in contenders}

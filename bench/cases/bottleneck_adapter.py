@@ -11,9 +11,9 @@ import torch
 
 import peft_kernels as pk
 
-from ..case import FUNCTIONAL, OURS, Case, Goal, Options, Training, Work, checked, dtype_name
+from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Training, Work, checked, dtype_name
 from ..inputs import bottleneck, compiled, replaced, unchanged
-from ..peers import adapters_lib, torch_adapter
+from ..peers import adapters_lib, dense, torch_adapter
 
 EAGER, COMPILED, FLOOR = torch_adapter.NAME, f"{torch_adapter.NAME}, compiled", "its six GEMMs"
 REPLACED = f"ours, in {adapters_lib.NAME}"  # the library's module after replace_layers
@@ -37,6 +37,32 @@ def cases(options: Options) -> Iterator[Case]:
                 elif options.device.type == "cpu" and not options.quick:
                     bars = (Goal(EAGER, OURS, at_least=2.0, measure="peak memory"),)
                 yield Case(name, "forward + backward", facts, partial(train, options, m, k, r, norm), bars)
+                if options.device.type != "cpu":
+                    bars = (Goal(EAGER, OURS, at_least=3.0), Goal(dense.STREAM, OURS, at_least=0.75))
+                    work = partial(inference, options, m, k, r, norm)
+                    yield Case(f"{name}, forward", "forward", facts, work, bars if r == 64 else ())
+
+
+def inference(options: Options, m: int, k: int, r: int, norm: bool) -> Work:
+    """Forward without gradients, beside a copy of x: as many bytes as it has to move, but for the weights."""
+    torch.manual_seed(0)
+    eager = torch_adapter.Adapter(k, r, norm=norm, scaling=SCALING).to(options.device, options.dtype)
+    layer, exact, x = bottleneck(eager), copy.deepcopy(eager).double(), options.randn(m, k)
+    reads, reader = dense.stream(2 * x.nbytes, options.device)
+
+    def without_grad(module: torch.nn.Module, x: torch.Tensor = x) -> Call:
+        @torch.no_grad()
+        def call() -> dict[str, torch.Tensor]:
+            return {"y": module(x)}
+
+        return call
+
+    work = checked(without_grad(exact, x.double()), without_grad(eager))
+    work.add(OURS, "ours", lambda: [without_grad(layer)])
+    work.add(EAGER, "peer", lambda: [without_grad(eager)])
+    work.add(dense.STREAM, "floor", lambda: reads)
+    work.notes.append(f"{dense.STREAM}: {2 * x.nbytes} bytes, x and y once, by {reader}")
+    return work
 
 
 def train(options: Options, m: int, k: int, r: int, norm: bool) -> Work:
@@ -83,7 +109,7 @@ def train(options: Options, m: int, k: int, r: int, norm: bool) -> Work:
     work.add(REPLACED, "ours", lambda: library(replaced), adapters_lib.why_not())
     work.add(EAGER, "peer", lambda: training(eager))
     work.add(adapters_lib.NAME, "peer", lambda: library(unchanged), adapters_lib.why_not())
-    slow = "not in a quick run: compiling takes longer than it" if options.quick else None
+    slow = None if options.compiled and not options.quick else "left out of this run: it takes long to compile"
     work.add(COMPILED, "peer", lambda: training(eager, compiled(eager)), slow)
     work.add(FLOOR, "floor", floor)
     work.notes.append(f"{FLOOR}: by the vendor's library, with nothing between them")

@@ -41,7 +41,9 @@ def quantize(options: Options, n: int, k: int) -> Work:
     def check(name: str) -> None:
         actual, truth = work.contenders[name].calls[0](), reference()
         actual = actual if isinstance(actual, pk.Weight4bit) else pk.Weight4bit.from_bnb(actual)
-        assert torch.equal(actual.packed, truth.packed), "the codes differ"
+        codes = (actual.packed != truth.packed).double().mean().item()
+        # bitsandbytes' GPU kernels may divide approximately: a value between two codes then falls to the other
+        assert codes <= (0 if name == OURS or w.device.type == "cpu" else 1e-4), f"{codes:.2%} of the codes differ"
         differing = (actual.absmax != truth.absmax).double().mean().item()
         # bitsandbytes' CPU path bins the statistics: about 0.1 % of its codes are a neighbour of the nearest
         assert differing <= (0 if name == OURS else 0.01), f"{differing:.2%} of the absmax codes differ"

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 
 import peft_kernels as pk
 
-from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Training, Work, checked, dtype_name
+from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Result, Training, Work, checked, dtype_name
 from ..inputs import nf4_bytes, nf4_weight, replaced, unchanged
 from ..peers import dense, lorafusion, peft_bnb, unsloth, unsloth_order
 from ..shapes import RANK, Layer
 
 # Rows -> peer time / our time on 2 cores with AVX512-BF16, with PEFT's default float32 adapters.
 CPU_GOALS = {16: 6.0, 64: 2.8, 256: 1.5, 1024: 1.18}
-GPU_ROWS = (512, 2048, 8192)
+GPU_ROWS, GPU_INFERENCE_ROWS = (512, 2048, 8192), (1, 4, 16, 32, 64, 256)
+WITHOUT = "ours, no adapter"
 GPU_GOALS = (  # 8192 rows, on H100
     Goal(OURS, dense.NAME, at_most=1.15),
     Goal(unsloth_order.NAME, OURS, at_least=1.2),
@@ -42,6 +43,23 @@ def cases(options: Options) -> Iterator[Case]:
                 nbytes = 2 * nf4_bytes(layer.n, layer.k) + 2 * options.dtype.itemsize * m * (layer.n + layer.k)
                 judged = goals(options, layer, m, adapters)
                 yield Case(name, "forward + backward", facts, work, judged, flops, nbytes)
+        if options.device.type != "cpu":
+            yield from inference_cases(options, layer)
+
+
+def inference_cases(options: Options, layer: Layer) -> Iterator[Case]:
+    """Decoding and small batches, on a GPU, where an adapter may cost little beside a weight that is read anyway."""
+    for m in options.rows((), GPU_INFERENCE_ROWS):
+        facts = {"M": m, "N": layer.n, "K": layer.k, "r": RANK, "x": dtype_name(options.dtype)}
+        facts |= {"adapters": "float32", "weight": "nested NF4"}
+        work = partial(inference, options, m, layer.n, layer.k, RANK)
+        bars: tuple[Goal, ...] = (Goal(peft_bnb.NAME, OURS, at_least=1.5 if m == 16 else 1.0),)
+        if m <= 16 and (layer.n, layer.k) == (14336, 4096):
+            bars += (Goal(dense.STREAM, OURS, at_least=0.7), Goal(OURS, WITHOUT, at_most=1.08))
+        flops = 2 * m * layer.n * layer.k + 2 * m * RANK * (layer.n + layer.k)
+        nbytes = nf4_bytes(layer.n, layer.k) + 4 * RANK * (layer.n + layer.k)
+        nbytes += options.dtype.itemsize * m * (layer.n + layer.k)
+        yield Case(f"{layer} r={RANK}, inference, M={m}", "inference", facts, work, bars, flops, nbytes)
 
 
 def goals(options: Options, layer: Layer, m: int, adapters: torch.dtype) -> tuple[Goal, ...]:
@@ -108,4 +126,41 @@ def train(options: Options, m: int, n: int, k: int, r: int, adapters: torch.dtyp
     )
     work.add(dense.NAME, "floor", floor)
     work.notes.append("dense: forward + dX of the decoded base weight alone")
+    return work
+
+
+def inference(options: Options, m: int, n: int, k: int, r: int) -> Work:
+    """Forward without gradients, with float32 adapters."""
+    torch.manual_seed(0)
+    base, weight = nf4_weight(options, n, k)
+    x = options.randn(m, k)
+    lora_A, lora_B = options.randn(r, k, dtype=torch.float32) / k**0.5, options.randn(n, r, dtype=torch.float32) * 0.1
+    scaling = 2.0
+
+    def without_grad(function: Callable[[], torch.Tensor]) -> list[Call]:
+        @torch.no_grad()
+        def call() -> Result:
+            return {"y": function()}
+
+        return [call]
+
+    def functional(namespace: Any, x: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
+        return namespace.lora_linear(x, weight, *adapter, scaling=scaling)
+
+    def module(wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> list[Call]:
+        layer = wrap(peft_bnb.lora_layer(copy.deepcopy(base), lora_A, lora_B, scaling * r)).proj.eval()
+        return without_grad(lambda: layer(x))
+
+    reads, reader = dense.stream(weight.nbytes, options.device)
+    work = checked(
+        lambda: {"y": functional(pk.reference, *(t.double() for t in (x, lora_A, lora_B)))},
+        lambda: {"y": functional(pk.reference, x, lora_A, lora_B)},
+    )
+    work.add(OURS, "ours", lambda: module(replaced), peft_bnb.why_not())
+    work.add(FUNCTIONAL, "ours", lambda: without_grad(lambda: functional(pk.functional, x, lora_A, lora_B)))
+    work.add(peft_bnb.NAME, "peer", lambda: module(unchanged), peft_bnb.why_not())
+    work.add(WITHOUT, "floor", lambda: without_grad(lambda: pk.functional.linear_4bit(x, weight)))
+    if m <= 16:
+        work.add(dense.STREAM, "floor", lambda: reads)
+        work.notes.append(f"streaming read: {weight.nbytes} bytes, as many as the packed weight has, by {reader}")
     return work
