@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 from peft_kernels.ops.nf4.reference import CODES
-from peft_kernels.triton_common import interpreting
+from peft_kernels.triton_common import interpreting, launch
 from peft_kernels.triton_common.decode import MULTIPLIER, decode_asm, multiplied_codes
 from peft_kernels.triton_common.decode_exact import EXACT_KINDS, exact_asm
 
@@ -37,6 +37,35 @@ def test_in_the_interpreter(name):
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert "passed" in result.stdout
+
+
+def test_a_compiled_kernel_is_found_again(monkeypatch):
+    """By all that Triton specializes on: dtypes, alignment and numbers; arguments go in the signature's order."""
+    calls = []
+
+    class Kernel:
+        arg_names = ("x_ptr", "n", "FLAG")
+
+        def __getitem__(self, grid):
+            return lambda **kwargs: calls.append(("compiles", grid)) or Compiled()
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: calls.append((grid, *args[1:]))
+
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    kernel, x, cpu = Kernel(), torch.zeros(64), torch.device("cpu")
+    for arguments in ((x, 3), (x[4:], 3), (x, 4), (x[1:], 3), (x.double(), 3), (None, 3)):
+        for _ in range(2):
+            launch.launch(kernel, (5,), cpu, n=arguments[1], FLAG=True, x_ptr=arguments[0], num_warps=4)
+    launch.launch(kernel, (5, 2), cpu, n=3, FLAG=True, x_ptr=x, num_warps=8)
+    new, found = ("compiles", (5,)), ((5, 1, 1), 3, True)
+    again = [new, ((5, 1, 1), 4, True), *[new, found] * 3]
+    assert calls == [new, found, found, found, *again, ("compiles", (5, 2))]
+    monkeypatch.setattr(launch, "_MOST_COMPILED", 6)
+    launch.launch(kernel, (5,), cpu, n=9, FLAG=True, x_ptr=x, num_warps=4)
+    assert len(launch._compiled) == 1, "a shape that changes with every call must not fill the memory"
 
 
 def run_ptx(asm: str, inputs: dict[str, int]) -> dict[str, int]:

@@ -6,7 +6,6 @@ from triton_support import DEVICE, HALVES, randn, seed
 
 from peft_kernels import Weight4bit, functional, use_backend
 from peft_kernels.dropout import draw_seeds, scale_mask
-from peft_kernels.ops.linear_4bit import triton_vendor
 from peft_kernels.ops.lora_linear import reference, triton_kernels
 from peft_kernels.ops.lora_linear.adapters import Adapters
 from peft_kernels.ops.lora_linear.triton_adapter import shrink
@@ -95,33 +94,6 @@ def test_many_rows(monkeypatch, poison):
     exact, eager = call.by_reference(torch.float64, torch.float64), call.by_reference(HALVES[0], HALVES[0])
     for results in zip(call.by_kernels(), exact, eager, strict=True):
         assert_within_budget(*results)
-
-
-@pytest.mark.parametrize("ranks, adapter_dtype", [([5], HALVES[-1]), ([16], FLOAT), ([3, 20], HALVES[-1])], ids=str)
-def test_longer_product(ranks, adapter_dtype, monkeypatch, poison):
-    """A wide result: [x, S] [W, s B]^T in one GEMM, a panel at a time."""
-    if HALVES[-1] == torch.float16 and (len(ranks) > 1 or adapter_dtype == FLOAT):
-        pytest.skip("pairs of bfloat16, which the interpreter truncates")
-    monkeypatch.setattr(triton_kernels.base, "fused", lambda *args: False)
-    monkeypatch.setattr(triton_vendor, "_MOST_BYTES", 100 * 2 * 80)
-    call = Call(70, 150, 64, ranks, HALVES[-1], adapter_dtype, True, 0.3, True)
-    assert triton_kernels._longer(call.x, call.weight, call.lora_A, call.lora_B) is None, "too much longer"
-    monkeypatch.setattr(triton_kernels, "_LONGER_BY", 2)
-    assert triton_kernels._longer(call.x, call.weight, call.lora_A, call.lora_B) is not None
-    exact, eager = call.by_reference(torch.float64, torch.float64), call.by_reference(HALVES[-1], adapter_dtype)
-    for results in zip(call.by_kernels(), exact, eager, strict=True):
-        assert_within_budget(*results)
-
-
-@pytest.mark.parametrize("right_dtype, error", [(FLOAT, 2.0**-15), (torch.bfloat16, 2.0**-7)], ids=str)
-def test_columns_of_the_longer_product(right_dtype, error):
-    left, right = randn(33, 20), randn(70, 20).to(right_dtype)
-    count = 64 if right_dtype == FLOAT else 32
-    columns = triton_kernels._columns(left, right, count, torch.bfloat16)
-    assert all(t.shape[1] == count and t.dtype == torch.bfloat16 for t in columns)
-    difference = columns[0].double() @ columns[1].double().t() - left.double() @ right.double().t()
-    scale = (left.double().abs() @ right.double().abs().t()).max()
-    assert difference.abs().max() <= error * scale
 
 
 def test_mask_is_the_definition():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether Triton kernels run on the CPU, in its interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -13,10 +13,8 @@ from ...triton_common.planes import split_count, sum_planes
 from .triton_tiles import SHRINK_TILE, SHRINK_TILE_FLOAT32, TILE, da_tile, dy_tile, options, pieces, stages
 
 
-def shrink(
-    x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor | None, copy: torch.Tensor | None = None
-) -> torch.Tensor:
-    """S (M, r) float32 = drop(x) A^T; the pass writes x into `copy` (M, at least K) too where given."""
+def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
+    """S (M, r) float32 = drop(x) A^T."""
     m, k = x.shape
     rank = lora_A.shape[0]
     tile = SHRINK_TILE_FLOAT32 if pieces(x, lora_A) == 6 else SHRINK_TILE if m > TILE.block_m else TILE
@@ -35,8 +33,6 @@ def shrink(
         x_ptr=x,
         a_ptr=lora_A,
         out_ptr=planes,
-        copy_ptr=copy,
-        stride_cm=0 if copy is None else copy.stride(0),
         M=m,
         K=k,
         rank=rank,
@@ -60,7 +56,7 @@ def t_and_db(
     """T (M, r) float32 = scaling dY B and dB (N, r) = scaling dY^T S, in one pass over dY."""
     m, n = dy.shape
     rank, on = lora_B.shape[1], target(dy.device)
-    tile = dy_tile(pieces(dy, lora_B), on)
+    tile = dy_tile(pieces(dy, lora_B), rank, on)
     tile_r = min(block_r(rank), tile.block_r)
     grid = (cdiv(n, tile.block), cdiv(rank, tile_r))
     steps = cdiv(m, tile.block_m)
@@ -94,7 +90,7 @@ def t_and_db(
         BLOCK_N=tile.block,
         BLOCK_R=tile_r,
         num_warps=tile.num_warps,
-        num_stages=2 if tile.num_warps == 8 else stages(on),
+        num_stages=2 if tile.block_m * tile.block > 8192 or tile.num_warps == 8 else stages(on),
     )
     return (
         None if t is None else sum_planes(t, torch.empty_like(t[0]), scaling),
@@ -143,8 +139,8 @@ def da(x: torch.Tensor, t: torch.Tensor, lora_A: torch.Tensor, p: float, seed: t
 
 @triton.jit(do_not_specialize=["threshold"])
 def _lora_shrink_kernel(
-    x_ptr, a_ptr, out_ptr, copy_ptr, seed_ptr, M, K, rank, k_per_split, threshold, inverse_keep,
-    stride_xm, stride_ar, stride_ak, stride_cm,
+    x_ptr, a_ptr, out_ptr, seed_ptr, M, K, rank, k_per_split, threshold, inverse_keep,
+    stride_xm, stride_ar, stride_ak,
     DROPOUT: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -161,10 +157,6 @@ def _lora_shrink_kernel(
         k_in = k < K - k0
         x = tl.load(x_ptr + k0, mask=(m < M)[:, None] & k_in[None, :], other=0.0)
         a = tl.load(a_ptr + k0 * stride_ak, mask=k_in[:, None] & (r < rank)[None, :], other=0.0)
-        if copy_ptr is not None:
-            first = tl.program_id(1) == 0  # one tile of the rank writes it
-            copies_ptr = copy_ptr + m.to(tl.int64)[:, None] * stride_cm + k0 + k[None, :]
-            tl.store(copies_ptr, x, mask=(m < M)[:, None] & k_in[None, :] & first)
         if DROPOUT:
             x = tl.where(dropout_keep(seed_ptr, threshold, m0, k0, BLOCK_M, BLOCK_K), x, 0.0).to(x.dtype)
         acc = dot_wide(x, a, acc, PIECES)

@@ -22,7 +22,7 @@ def _adapter(rows: int, dtype: torch.dtype, p: float, rank: int = _R) -> None:
     x, dy = torch.empty(rows, _K, dtype=torch.bfloat16), torch.empty(rows, _N, dtype=torch.bfloat16)
     lora_A, lora_B = torch.empty(rank, _K, dtype=dtype), torch.empty(_N, rank, dtype=dtype)
     seed = torch.empty(1, dtype=torch.int64) if p else None
-    s = shrink(x, lora_A, p, seed, torch.empty(rows, _K + rank, dtype=torch.bfloat16))
+    s = shrink(x, lora_A, p, seed)
     t, _ = t_and_db(dy, lora_B, s, 2.0, True, True)
     assert t is not None
     da(x, t, lora_A, p, seed)
