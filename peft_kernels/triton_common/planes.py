@@ -16,16 +16,18 @@ def split_count(programs: int, steps: int, most: int, on: Target, resident: int 
 
 def sum_planes(planes: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """out = scale * planes.sum(0), rounded to out's dtype; out is contiguous."""
-    block = 1024
+    numel, count = out.numel(), planes.shape[0]
+    block = 256 if numel < 1 << 20 else 1024  # small results take more programs to read planes at the memory's speed
     launch(
         _sum_planes_kernel,
-        (cdiv(out.numel(), block),),
+        (cdiv(numel, block),),
         out.device,
         planes_ptr=planes,
         out_ptr=out,
         scale=scale,
-        numel=out.numel(),
-        planes=planes.shape[0],
+        numel=numel,
+        planes=count,
+        PLANES=min(8, 1 << (count - 1).bit_length()),
         BLOCK=block,
         num_warps=4,
     )
@@ -33,11 +35,14 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> t
 
 
 @triton.jit
-def _sum_planes_kernel(planes_ptr, out_ptr, scale, numel, planes, BLOCK: tl.constexpr):
+def _sum_planes_kernel(planes_ptr, out_ptr, scale, numel, planes, PLANES: tl.constexpr, BLOCK: tl.constexpr):
+    """PLANES planes are on their way at a time: one after the other, each would wait for memory."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    plane = tl.arange(0, PLANES)[:, None]
     inside = offset < numel
-    acc = tl.zeros([BLOCK], tl.float32)
-    for _ in range(planes):
-        acc += tl.load(planes_ptr + offset, mask=inside, other=0.0)
-        planes_ptr += numel
-    tl.store(out_ptr + offset, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
+    planes_ptr += plane.to(tl.int64) * numel + offset[None, :]
+    acc = tl.zeros([PLANES, BLOCK], tl.float32)
+    for first in range(0, planes, PLANES):
+        acc += tl.load(planes_ptr, mask=(first + plane < planes) & inside[None, :], other=0.0)
+        planes_ptr += tl.cast(numel, tl.int64) * PLANES
+    tl.store(out_ptr + offset, (tl.sum(acc, 0) * scale).to(out_ptr.dtype.element_ty), mask=inside)

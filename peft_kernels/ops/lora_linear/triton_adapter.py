@@ -10,19 +10,19 @@ from ...triton_common.device import dot_wide, dropout_keep
 from ...triton_common.launch import cdiv, launch, target
 from ...triton_common.lowrank import block_r, dropout_arguments
 from ...triton_common.planes import split_count, sum_planes
-from .triton_tiles import SHRINK_TILE, SHRINK_TILE_FLOAT32, TILE, da_tile, dy_tile, options, pieces, stages
+from .triton_tiles import da_tile, dy_tile, options, pieces, shrink_tile, stages
 
 
 def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
     """S (M, r) float32 = drop(x) A^T."""
     m, k = x.shape
-    rank = lora_A.shape[0]
-    tile = SHRINK_TILE_FLOAT32 if pieces(x, lora_A) == 6 else SHRINK_TILE if m > TILE.block_m else TILE
+    rank, on = lora_A.shape[0], target(x.device)
+    tile = shrink_tile(pieces(x, lora_A), m, on)
     block_m, block_k = max(16, min(tile.block_m, 1 << (m - 1).bit_length())), tile.block
     tile_r = min(block_r(rank), tile.block_r, 32 if p else tile.block_r)  # a mask beside 64 columns spills on sm_80
     grid = (cdiv(m, block_m), cdiv(rank, tile_r))
     steps = cdiv(k, block_k)
-    k_per_split = cdiv(steps, split_count(grid[0] * grid[1], steps, 16, target(x.device))) * block_k
+    k_per_split = cdiv(steps, split_count(grid[0] * grid[1], steps, 16, on)) * block_k
     splits = cdiv(k, k_per_split)
     planes = torch.empty((splits, m, rank), dtype=torch.float32, device=x.device)
     dropout = dropout_arguments(p, seed)
@@ -45,7 +45,7 @@ def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor |
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=tile_r,
-        **options(pieces(x, lora_A), tile_r, target(x.device)),
+        **options(pieces(x, lora_A), tile_r, on),
     )
     return planes[0] if splits == 1 else sum_planes(planes, torch.empty_like(planes[0]))
 

@@ -18,10 +18,16 @@ class Tile(NamedTuple):
     num_warps: int = 4
 
 
-# The shrink kernel has a tall tile of its own, of 128 rows: Blackwell's natural size. Six products a step in place of
-# one or three need small tiles, or registers spill.
+# Six products a step in place of one or three need small tiles, or registers spill.
 TILE, TILE_FLOAT32 = Tile(64, 128, 64), Tile(32, 64, 16)
-SHRINK_TILE, SHRINK_TILE_FLOAT32 = Tile(128, 64, 64), Tile(64, 64, 16)
+
+
+def shrink_tile(pieces: int, m: int, on: Target) -> Tile:
+    """The tile of the pass over x for S."""
+    if pieces == 6:
+        return Tile(64, 64, 16)
+    # 128 rows are Blackwell's natural size; on H100 they take 41 microseconds where 64 take 38 (8192 x 4096)
+    return TILE if m <= TILE.block_m or on.arch == 90 else Tile(128, 64, 64)
 
 
 def dy_tile(pieces: int, rank: int, on: Target) -> Tile:
