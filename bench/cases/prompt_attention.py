@@ -21,6 +21,8 @@ PREFIX = {
     (4, 32, 32, 64, 128, 128): 1.5,
     (1, 32, 8, 512, 128, 32): 1.1,
 }
+# The prefix costs what it moves, the keys cost the square of L: on a GPU the goal takes long sequences.
+LONG = ((1, 32, 8, 2048, 128, 32), (1, 32, 8, 4096, 128, 32))
 DECODING = ((1, 32, 32, 512, 128, 32), (1, 32, 8, 2048, 128, 32), (8, 32, 8, 512, 128, 32))
 GATED = ((1, 32, 32, 512, 128, 10),)
 QUICK = ((2, 4, 2, 33, 32, 5),)
@@ -30,7 +32,8 @@ NAMES = ("q", "k", "v", "prompt_k", "prompt_v", "gate")
 def cases(options: Options) -> Iterator[Case]:
     """Prefix attention, forward and backward and decoding one token; gated prompt attention, forward and backward."""
     judged = options.device.type == "cpu" and not options.quick
-    for sizes in QUICK if options.quick else PREFIX:
+    long = LONG if options.device.type != "cpu" else ()
+    for sizes in QUICK if options.quick else (*PREFIX, *long):
         goals = (Goal(CONCATENATED, FUNCTIONAL, at_least=PREFIX[sizes]),) if judged else ()
         if not options.quick and sizes[5] == 32:
             goals += (Goal(FUNCTIONAL, PLAIN, at_most=1.1),)

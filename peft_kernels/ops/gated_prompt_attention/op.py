@@ -87,8 +87,7 @@ def gated_prompt_attention(
         is_causal = False
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     train = torch.is_grad_enabled()
-    own = train and backend == "native" and any(t.requires_grad for t in (q, k, v))
-    if own and takes_keys(q, k, v, attn_mask):
+    if train and any(t.requires_grad for t in (q, k, v)) and _owns_keys(backend, q, k, v, attn_mask, is_causal, factor):
         return _GatedPromptAttention.apply(None, q, k, v, prompt_k, prompt_v, gate, is_causal, factor, backend)
     base = F.scaled_dot_product_attention(
         q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1])
@@ -99,6 +98,15 @@ def gated_prompt_attention(
     return torch.ops.peft_kernels.gated_prompt_attention_forward(base, q, *tensors, factor, backend)[0]
 
 
+def _owns_keys(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, is_causal: bool, scale: float
+) -> bool:
+    """Whether the operation has the keys' backward too, so that one kernel adds both parts of dq."""
+    if backend == "native":
+        return takes_keys(q, k, v, mask)
+    return not torch.compiler.is_compiling() and library.is_plain(q, k, v, mask, is_causal, scale)
+
+
 def _taken_by_torch(attn_mask: torch.Tensor, q: torch.Tensor) -> bool:
     """Whether torch's attention takes the mask as it is."""
     return attn_mask.ndim >= 2 and attn_mask.dtype in (torch.bool, q.dtype, torch.float32)
@@ -107,7 +115,7 @@ def _taken_by_torch(attn_mask: torch.Tensor, q: torch.Tensor) -> bool:
 class _GatedPromptAttention(torch.autograd.Function):
     """Of the prompt alone, given base; or, given k and v, of the attention over the keys too.
 
-    That attention is torch's either way, bit for bit: only its backward is the backend's own.
+    That attention is torch's either way, bit for bit: only its backward may be the backend's own.
     """
 
     @staticmethod

@@ -43,6 +43,7 @@ def backward(
     scale: float,
     dq: torch.Tensor | None,
     need_prompts: bool,
+    add_dq: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dprompt_k, dprompt_v, dgate or None); see `native_calls.backward`."""
     queries, upstream = _gather(q, prompt_k), _gather(dy, prompt_k)
@@ -60,7 +61,7 @@ def backward(
     dscores = weights * (dweights - delta) * (scale * factor)
     if dq is not None:
         part = _scatter(dscores @ prompt_k.float(), q, prompt_k)
-        dq.copy_(part + dq if gate is None else part)
+        dq.copy_(part + dq if add_dq else part)
     dgate = None if gate is None else _scatter(delta, q, prompt_k).sum(dim=(0, 2, 3))
     if not need_prompts:
         return prompt_k.new_empty(0), prompt_v.new_empty(0), dgate

@@ -118,11 +118,17 @@ def _forward(q, k, v, prefix_k, prefix_v, mask, is_causal, scale, backend):
         return _forward_fake(q, k, v, prefix_k, prefix_v, mask, is_causal, scale, backend)
     implementation = dispatch.implementation("prefix_attention", backend)
     keys, lse = implementation.keys_forward(q, k, v, mask, is_causal, scale)
-    out = torch.empty_like(q)
-    if keys.stride() == out.stride():
-        out = keys  # merged in place
+    out = keys  # merged in place
+    if not _same_layout(keys, q):
+        out = torch.empty_like(q)
+        if _same_layout(keys, out):
+            out = keys
     implementation.forward(q, prefix_k, prefix_v, keys, lse, None, scale, out)
     return out, lse
+
+
+def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 @torch.library.register_fake("peft_kernels::prefix_attention_forward", lib=_lib)
@@ -139,12 +145,18 @@ def _backward(dy, q, k, v, prefix_k, prefix_v, mask, out, lse, is_causal, scale,
     dq, dk, dv = (q.new_empty(0) for _ in range(3))
     if needs[0] or needs[1]:
         grads = implementation.keys_backward(dy, q, k, v, out, lse, mask, is_causal, scale)
-        dq, dk, dv = (grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)
+        dq, dk, dv = (_token_major(grad) for grad in grads)
     dprompts = implementation.backward(
         dy, q, prefix_k, prefix_v, out, lse, None, scale, dq if needs[0] else None, needs[2]
     )
     kept = ((dq, needs[0]), (dk, needs[1]), (dv, needs[1]))
     return [*(t if keep else t.new_empty(0) for t, keep in kept), *dprompts[:2]]
+
+
+def _token_major(grad: torch.Tensor) -> torch.Tensor:
+    """As the fake below lays it out; torch's kernels nearly always have."""
+    rows = grad.transpose(1, 2)
+    return grad if rows.is_contiguous() else rows.contiguous().transpose(1, 2)
 
 
 @torch.library.register_fake("peft_kernels::prefix_attention_backward", lib=_lib)

@@ -22,8 +22,10 @@ def call(length: int, width: int, prompt: int, dtype: torch.dtype, *, gated: boo
 
 
 def cases() -> Iterator[Case]:
-    """Every tile; the longest and the shortest prompts; decoding."""
+    """Every tile; the longest prompts, and those of one tile; decoding."""
     bf16, fp32 = torch.bfloat16, torch.float32
+    for width, prompt in ((64, 64), (128, 32), (128, 64)):
+        yield Case(f"D={width} P={prompt} bf16", 0, partial(call, 2048, width, prompt, bf16, gated=False))
     for width in (64, 128, 256):
         yield Case(f"D={width} P=512 bf16", 0, partial(call, 2048, width, 512, bf16, gated=False))
     yield Case("D=64 P=512 fp32", 0, partial(call, 2048, 64, 512, fp32, gated=False))

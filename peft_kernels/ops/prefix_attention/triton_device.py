@@ -24,6 +24,14 @@ def _store_rows(ptr, value, row, rows, D, stride, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _store_dkv(ptr, dk, dv, split, head, heads, p, P, D, BLOCK_D: tl.constexpr):
+    """Of a head, to (splits, 2, heads, P, D)."""
+    ptr += (2 * split.to(tl.int64) * heads + head) * P * D
+    _store_rows(ptr, dk, p, P, D, D, BLOCK_D)
+    _store_rows(ptr + heads.to(tl.int64) * P * D, dv, p, P, D, D, BLOCK_D)
+
+
+@triton.jit
 def _scores(q, k, p, P, scale, PIECES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr):
     """[BLOCK_L, BLOCK_P], -inf past the prompt's end."""
     s = dot_wide(q, tl.trans(k), tl.zeros([BLOCK_L, BLOCK_P], tl.float32), PIECES) * scale
@@ -42,6 +50,9 @@ def _prompt_attention_fwd_kernel(
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, l, L, D, stride_ql, BLOCK_D)
+    in_ptr += b * stride_ib + h * stride_ih
+    if PIECES == 1:  # under way during the loop; float32 rows would not fit the registers
+        base = _load_rows(in_ptr, l, L, D, stride_il, BLOCK_D)
     k_ptr += b * stride_kb + h // groups * stride_kh
     v_ptr += b * stride_vb + h // groups * stride_vh
     most = tl.full([BLOCK_L], -float("inf"), tl.float32)
@@ -60,7 +71,9 @@ def _prompt_attention_fwd_kernel(
         most = higher
     lse_ptr += (b * H + h) * L + l
     lse = most + tl.log(total)
-    base = _load_rows(in_ptr + b * stride_ib + h * stride_ih, l, L, D, stride_il, BLOCK_D).to(tl.float32)
+    if PIECES != 1:
+        base = _load_rows(in_ptr, l, L, D, stride_il, BLOCK_D)
+    base = base.to(tl.float32)
     if GATED:
         gate = tl.load(gate_ptr + h)
         out = base + acc * (gate / total)[:, None]
@@ -80,10 +93,10 @@ def _prompt_attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, dy_ptr, in_ptr, lse_ptr, delta_ptr, gate_ptr, dq_ptr, L, D, P, H, groups, scale,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_yb, stride_yh, stride_yl, stride_ib, stride_ih, stride_il, stride_db, stride_dh, stride_dl,
-    GATED: tl.constexpr, HAS_DQ: tl.constexpr, PIECES: tl.constexpr,
+    GATED: tl.constexpr, HAS_DQ: tl.constexpr, ADD_DQ: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """delta of a tile of queries, sum(dY * out) or with a gate sum(P * dP), and the prompt's part of dq."""
+    """delta of a tile of queries, sum(dY * out) or with a gate sum(P * dP); the prompt's part of dq, or dq with it."""
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, l, L, D, stride_ql, BLOCK_D)
@@ -118,21 +131,21 @@ def _prompt_attention_dq_kernel(
             ds = weight * (dp - delta[:, None]) * (scale * gate)
             dq = dot_wide(ds.to(q.dtype), k, dq, PIECES)
         dq_ptr += b * stride_db + h * stride_dh
-        if not GATED:
+        if ADD_DQ:
             dq += _load_rows(dq_ptr, l, L, D, stride_dl, BLOCK_D).to(tl.float32)
         _store_rows(dq_ptr, dq, l, L, D, stride_dl, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "per_split"])  # they differ from batch to batch
 def _prompt_attention_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, delta_ptr, gate_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, delta_ptr, gate_ptr, dkv_ptr,
     L, D, P, H, groups, steps, per_split, scale,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_yb, stride_yh, stride_yl,
     GATED: tl.constexpr, PER_SAMPLE: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk[split], dv[split] (heads, P, D) float32 of a tile of the prompt, over the split's tiles of queries."""
+    """dkv[split] (2, heads, P, D) of a tile of the prompt, over the split's tiles of queries."""
     head, split = tl.program_id(1), tl.program_id(2)
     kv_heads = H // groups
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -160,6 +173,58 @@ def _prompt_attention_dkv_kernel(
         dv = dot_wide((weight * gate).to(q.dtype), dy, dv, PIECES)
         ds = weight * (dot_wide(v, tl.trans(dy), zeros, PIECES) - delta[None, :]) * (scale * gate)
         dk = dot_wide(ds.to(q.dtype), q, dk, PIECES)
-    offset = (split.to(tl.int64) * tl.num_programs(1) + head) * P * D
-    _store_rows(dk_ptr + offset, dk, p, P, D, D, BLOCK_D)
-    _store_rows(dv_ptr + offset, dv, p, P, D, D, BLOCK_D)
+    _store_dkv(dkv_ptr, dk, dv, split, head, tl.num_programs(1), p, P, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["steps", "per_split"])  # they differ from batch to batch
+def _prompt_attention_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, dy_ptr, in_ptr, lse_ptr, delta_ptr, gate_ptr, dq_ptr, dkv_ptr,
+    L, D, P, H, groups, steps, per_split, scale,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_yb, stride_yh, stride_yl, stride_ib, stride_ih, stride_il, stride_db, stride_dh, stride_dl,
+    GATED: tl.constexpr, HAS_DQ: tl.constexpr, ADD_DQ: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    PIECES: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The two kernels above in one, for a prompt of one tile: q and dY are read once, delta stored for a gate only."""
+    head, split = tl.program_id(1), tl.program_id(2)
+    kv_heads = H // groups
+    own, kv_head = (head // kv_heads).to(tl.int64), head % kv_heads
+    p = tl.arange(0, BLOCK_P)
+    k = _load_rows(k_ptr + own * stride_kb + kv_head * stride_kh, p, P, D, stride_kl, BLOCK_D)
+    v = _load_rows(v_ptr + own * stride_vb + kv_head * stride_vh, p, P, D, stride_vl, BLOCK_D)
+    dk = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    zeros = tl.zeros([BLOCK_L, BLOCK_P], tl.float32)
+    tiles = tl.cdiv(L, BLOCK_L)
+    for step in tl.range(split * per_split, tl.minimum(steps, (split + 1) * per_split), num_stages=STAGES):
+        l = step % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
+        h = kv_head * groups + step // tiles % groups
+        b = (step // (tiles * groups)).to(tl.int64)
+        if PER_SAMPLE:
+            b = own
+        dy = _load_rows(dy_ptr + b * stride_yb + h * stride_yh, l, L, D, stride_yl, BLOCK_D)
+        row = (b * H + h) * L + l
+        if not GATED:
+            gate = 1.0
+            out = _load_rows(in_ptr + b * stride_ib + h * stride_ih, l, L, D, stride_il, BLOCK_D)
+            delta = tl.sum(dy.to(tl.float32) * out.to(tl.float32), 1)
+        q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, l, L, D, stride_ql, BLOCK_D)
+        lse = tl.load(lse_ptr + row, mask=l < L, other=0.0)
+        weight = tl.exp(_scores(q, k, p, P, scale, PIECES, BLOCK_L, BLOCK_P) - lse[:, None])
+        dp = dot_wide(dy, tl.trans(v), zeros, PIECES)
+        if GATED:
+            gate = tl.load(gate_ptr + h)
+            delta = tl.sum(weight * dp, 1)
+            tl.store(delta_ptr + row, delta, mask=l < L)
+        # rows of q and dY past L are zero: whatever their weights are, they add nothing
+        ds = (weight * (dp - delta[:, None]) * (scale * gate)).to(q.dtype)
+        dv = dot_wide(tl.trans((weight * gate).to(q.dtype)), dy, dv, PIECES)
+        dk = dot_wide(tl.trans(ds), q, dk, PIECES)
+        if HAS_DQ:
+            dq = dot_wide(ds, k, tl.zeros([BLOCK_L, BLOCK_D], tl.float32), PIECES)
+            to = dq_ptr + b * stride_db + h * stride_dh
+            if ADD_DQ:
+                dq += _load_rows(to, l, L, D, stride_dl, BLOCK_D).to(tl.float32)
+            _store_rows(to, dq, l, L, D, stride_dl, BLOCK_D)
+    _store_dkv(dkv_ptr, dk, dv, split, head, tl.num_programs(1), p, P, D, BLOCK_D)
