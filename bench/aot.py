@@ -4,7 +4,7 @@ A Triton row is one launch of a call that an operation compiles ahead of time (`
 registers a thread, bytes spilled, shared memory, matrix instructions, and the machine instructions that a 4-bit weight
 costs in the main loop. A CUDA row is one kernel of `csrc/cuda/*.cu`; of those that decode it also has how many of these
 instructions are for the integer units, which are half as wide, the words that it reads from shared memory, and how many
-16-byte loads of weights there are in a turn of the loop. `python -m bench aot` writes both to `results/aot.json`, and
+16-byte copies of weights it starts in a window of columns. `python -m bench aot` writes both to `results/aot.json`, and
 the tests hold what is compiled to it.
 """
 
@@ -30,8 +30,8 @@ WARP = 32
 _MATRIX = re.compile(r"[HQU]\w*MMA|WARPGROUP\.\w*MMA")
 # What the integer units execute on these targets, by NVIDIA's table of arithmetic throughput: 64 lanes a clock.
 _INTEGER = re.compile(r"(PRMT|SHF|LOP3|ISETP|IADD3|SEL|LEA|VIADD|VIMNMX|VIADDMNMX|IMNMX)\b")
-# Weights come by the only loads that are not to stay in the cache.
-_WEIGHT_LOAD = re.compile(r"LDG\.E\.EF\.(\d+)")
+# Weights come by the only copies to shared memory that pass the L1 cache by.
+_WEIGHT_LOAD = re.compile(r"LDGSTS\.E\.BYPASS\S*\.(\d+)")
 _SHARED_LOAD = re.compile(r"LDS(?:\.U)?(?:\.(\d+))?$")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?(?P<name>[A-Z]\S*)(?P<rest>.*);")
@@ -179,9 +179,13 @@ def cuda_assemblies(cubin: bytes) -> dict[str, str]:
 
 
 def decoding(sass: str) -> Row:
-    """What a kernel's longest innermost loop of matrix products costs for each 4-bit weight that a lane loads in it."""
-    names, bodies = assembly(sass)
-    loop = max((body for body in bodies if any(map(_MATRIX.match, body))), key=len, default=[])
+    """What a window of columns costs a lane for each of its 4-bit weights, from one wait for copies to the next.
+
+    Such a window is multiplied, and another one's copies are started.
+    """
+    names, _ = assembly(sass)
+    waits = [i for i, name in enumerate(names) if name.startswith("DEPBAR")]
+    loop = names[waits[0] : waits[1]] if len(waits) > 1 else []
     loads = [int(found[1]) for found in map(_WEIGHT_LOAD.match, loop) if found]
     weights = sum(loads) / 4
     words = sum(int(found[1] or 32) / 32 for found in map(_SHARED_LOAD.match, loop) if found)

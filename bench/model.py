@@ -124,15 +124,12 @@ def few_rows(device: Device, m: int, n: int, k: int, row: dict[str, Any]) -> Pre
     )
 
 
-def cuda_row(device: Device, m: int, by_table: bool, path: Path = RESULTS / "aot.json") -> dict[str, Any] | None:
+def cuda_row(device: Device, m: int, path: Path = RESULTS / "aot.json") -> dict[str, Any] | None:
     """The ahead-of-time row of the kernel that serves m rows of bfloat16 over a nested weight, or None."""
     target = CUDA_TARGETS.get(device.target)
     if m > 16 or target is None or not path.exists():
         return None
-    arguments = (
-        f"__nv_bfloat16, {'128, 1' if m <= 4 else '64, 1' if m <= 8 else '64, 2'}, true, {str(by_table).lower()}"
-    )
-    launch = f"linear_4bit.cu linear_4bit_kernel<{arguments}>"
+    launch = f"linear_4bit.cu linear_4bit_kernel<__nv_bfloat16, {1 if m <= 8 else 2}, true>"
     table = json.loads(path.read_text(encoding="utf-8"))["rows"]
     return next((row for row in table if (row["target"], row["launch"]) == (target, launch)), None)
 
@@ -222,18 +219,17 @@ def bitsandbytes(device: Device, m: int, n: int, k: int) -> float:
 
 
 def _cuda_cells(device: Device, m: int, n: int, k: int, floor: float) -> Iterator[str]:
-    for by_table in (True, False):
-        row = cuda_row(device, m, by_table)
-        seconds = few_rows(device, m, n, k, row).seconds if row else math.nan
-        yield f"{seconds * 1e6:.1f}" if row else "-"
-        yield f"{floor / seconds:.0%}" if row else ""
+    row = cuda_row(device, m)
+    seconds = few_rows(device, m, n, k, row).seconds if row else math.nan
+    yield f"{seconds * 1e6:.1f}" if row else "-"
+    yield f"{floor / seconds:.0%}" if row else ""
 
 
 def main() -> None:
     """Print the predictions, and the measurements where there are any."""
     sass, (n, k) = sass_table(), SETS["llama-3.1-8b"]["gate, up"]
     table = Table(title=f"predicted microseconds, NF4 {n}x{k}, bf16; measured where a visit left results")
-    cuda = ("CUDA C++, by table", "of copy bandwidth", "by permutes", "of copy bandwidth")
+    cuda = ("CUDA C++", "of copy bandwidth")
     for column in ("device", "M", "Triton", "of copy bandwidth", *cuda, "decode + GEMM", "measured"):
         table.add_column(column, justify="right")
     for device in DEVICES:

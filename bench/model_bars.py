@@ -82,9 +82,9 @@ def _small_bars(device: Device, sass: dict[tuple[str, str], float]) -> Iterator[
         where = ("linear_4bit", "time of streaming", m)
         seconds = triton(device, m, n, k, sass).seconds
         yield Bar(f"decode, {n}x{k}, M={m}", share, 0.7, True, floor / seconds, where)
-        if row := cuda_row(device, m, by_table=True):
+        if row := cuda_row(device, m):
             seconds = few_rows(device, m, n, k, row).seconds
-            yield Bar(f"the same in CUDA C++, asked for by name, M={m}", share, 0.7, True, floor / seconds)
+            yield Bar(f"the same in CUDA C++, M={m}", share, 0.7, True, floor / seconds)
     lora = triton(device, 16, n, k, sass, rank=RANK).seconds / triton(device, 16, n, k, sass).seconds
     yield Bar(f"decode, {n}x{k}, M=16, r={RANK}", "time with LoRA / without", 1.08, False, lora)
     for m, bound in ((16, 1.5), (32, 1.0), (64, 1.0), (128, 1.0), (256, 1.0)):

@@ -64,18 +64,18 @@ def test_few_rows_wait_for_the_slowest_unit(tmp_path):
         assert model.few_rows(H100, 1, N, K, cheap | {unit: 2 * cheap[unit]}).issue == pytest.approx(2 * issue)
     assert model.few_rows(H100, 1, N, K, cheap).seconds == model.few_rows(H100, 1, N, K, cheap).memory
     assert model.few_rows(H100, 16, N, K, cheap).tensor == 2 * model.few_rows(H100, 8, N, K, cheap).tensor
-    launch = "linear_4bit.cu linear_4bit_kernel<__nv_bfloat16, 64, 2, true, false>"
+    launch = "linear_4bit.cu linear_4bit_kernel<__nv_bfloat16, 2, true>"
     (tmp_path / "aot.json").write_text(json.dumps({"rows": [{"target": "sm_90a", "launch": launch}]}))
-    assert model.cuda_row(H100, 16, False, tmp_path / "aot.json")
-    assert model.cuda_row(H100, 16, True, tmp_path / "aot.json") is None
-    assert model.cuda_row(H100, 17, False, tmp_path / "aot.json") is None
+    assert model.cuda_row(H100, 16, tmp_path / "aot.json")
+    assert model.cuda_row(H100, 8, tmp_path / "aot.json") is None
+    assert model.cuda_row(H100, 17, tmp_path / "aot.json") is None
 
 
 @pytest.mark.parametrize("m", [1, 4, 16])
 def test_decode_bar_on_h100_is_predicted(m):
     """70 % of copy bandwidth, by the committed ahead-of-time table."""
     floor = model.NESTED_BYTES * N * K / (H100.bandwidth * model.COPY)
-    assert floor / model.few_rows(H100, m, N, K, model.cuda_row(H100, m, by_table=True)).seconds >= 0.7
+    assert floor / model.few_rows(H100, m, N, K, model.cuda_row(H100, m)).seconds >= 0.7
 
 
 def test_panels_of_l2_size():

@@ -3,8 +3,9 @@
 Each operation has up to three implementations: `native` (the C++ core, on the CPU and, for few operations, in CUDA
 C++), `triton` (on a GPU) and `reference` (pure torch, anywhere). Every native or triton implementation is a module with
 `why_not(device, dtypes)`, which says in a sentence why it cannot serve such tensors, or None if it can; any shape must
-be served, or refused with a `BackendError` that names the remedy. `auto` takes the first that can, in the order below;
-a module may ask it to pass on with `why_not_unasked(device)`, and an operation may name calls that torch serves best.
+be served, or refused with a `BackendError` that names the remedy. `auto` takes the first that can, in the order below.
+An operation may name calls that torch serves best; and where the native module has `why_not_call`, because its CUDA
+kernels refuse calls that others serve, `auto` asks that, and passes it over.
 """
 
 from __future__ import annotations
@@ -104,23 +105,23 @@ def why_not(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dty
     return module.why_not(device, dtypes)
 
 
-def why_not_unasked(op: str, backend: str, device: torch.device) -> str | None:
-    """Why `auto` passes over a backend that could run, or None."""
-    if backend == "reference":
-        return None
-    module = implementation(op, backend)
-    return module.why_not_unasked(device) if hasattr(module, "why_not_unasked") else None
-
-
-def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], vendor: str | None = None) -> str:
+def choose(
+    op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], vendor: str | None = None, call: tuple = ()
+) -> str:
     """The name of the backend that runs `op` for tensors of these dtypes on this device.
 
     vendor: why torch's own operations serve this call best; `auto` then takes the reference, which is not slow here.
+    call: arguments of the native module's `why_not_call`, which is asked for CUDA tensors.
     """
     if vendor is not None and _requested == "auto":
         chosen, passed_over = "reference", (("native", vendor),)
     else:
-        chosen, passed_over = _found(op, _requested, device, dtypes)
+        not_native = None
+        if call and _requested == "auto" and device.type == "cuda":
+            # a compiler's tensors have no addresses, on which it depends, and a mode's may have none
+            traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+            not_native = _TRACED if traced else implementation(op, "native").why_not_call(*call)
+        chosen, passed_over = _found(op, _requested, device, dtypes, not_native)
     if _recorder is not None:
         _recorder.append(Explanation(op, chosen, dict(passed_over)))
         raise _Explained
@@ -132,9 +133,14 @@ def choose(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], vendo
     return chosen
 
 
-def _found(op: str, requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> tuple:
+_TRACED = "its CUDA kernels are not chosen under torch.compile or a dispatch mode"
+
+
+def _found(
+    op: str, requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...], not_native: str | None
+) -> tuple:
     """`_search`, evaluated while torch.compile traces: its arguments are constants, and `_requested` is guarded."""
-    return _search(op, requested, device, dtypes)
+    return _search(op, requested, device, dtypes, not_native)
 
 
 # torch.compiler.assume_constant_result without its import of the whole compiler (which also loads numpy)
@@ -142,13 +148,15 @@ _found._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _search(op: str, requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> tuple:
+def _search(
+    op: str, requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...], not_native: str | None = None
+) -> tuple:
     """(backend or None, ((backend passed over, why), ...)); tells the log once when `auto` ends on the reference."""
     passed_over: list[tuple[str, str]] = []
     for backend in BACKENDS if requested == "auto" else (requested,):
         reason = why_not(op, backend, device, dtypes)
-        if reason is None and requested == "auto":
-            reason = why_not_unasked(op, backend, device)
+        if reason is None and requested == "auto" and backend == "native":
+            reason = not_native
         if reason is None:
             break
         passed_over.append((backend, reason))

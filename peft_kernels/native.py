@@ -71,6 +71,11 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
         return None, f"its CUDA kernels could not be imported ({error}); {_CUDA_REMEDY}"
 
 
+def has_cuda() -> bool:
+    """Whether the CUDA kernels were built."""
+    return _load_cuda()[0] is not None
+
+
 def cuda_core() -> ModuleType:
     """The CUDA kernels, for callers whose backend was chosen: `why_not_cuda` is None."""
     module, reason = _load_cuda()
@@ -92,17 +97,10 @@ def why_not_cuda(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str |
     return None
 
 
-def why_not_unasked(device: torch.device) -> str | None:
-    """Why kernels that could run are left to those who ask for them by name, or None."""
-    if device.type != "cuda":
-        return None
-    return 'its CUDA kernels have not been measured on any device: use_backend("native") asks for them'
-
-
 def cuda_place(device: torch.device) -> tuple[int, int]:
     """(device number, the current stream's handle)."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    return index, torch.cuda.current_stream(index).cuda_stream
+    return index, torch._C._cuda_getCurrentRawStream(index)
 
 
 def dtype_code(dtype: torch.dtype) -> int:

@@ -104,7 +104,7 @@ def place(request, monkeypatch):
             pytest.skip(reason)
         return Card()
     module, library = request.getfixturevalue("emulation")
-    monkeypatch.setattr(native, "cuda_core", lambda: module)
+    monkeypatch.setattr(native, "_load_cuda", lambda: (module, None))
     monkeypatch.setattr(native, "cuda_place", lambda device: (0, 0))
     emulated = Emulated(library)
     emulated.shape()

@@ -97,7 +97,7 @@ def test_few_instructions_a_weight_on_hopper(rows, layout):
     launch, report = hopper(f"M={rows} bf16 nested", layout)
     code = aot.sass(report)
     per_weight = gate.sass_per_weight(code, launch.args, launch.options["num_warps"])
-    assert per_weight <= (6 if layout == "tiled" or rows <= 64 else 6.1)
+    assert per_weight <= (6 if rows <= 64 else 7)  # at 256 rows the faster tile (measured) has the longer loop
     if rows <= 8:  # mma.sync has the narrowest product, and takes both operands from registers
         assert "HMMA" in code and "STS.128" not in code
         return
@@ -105,6 +105,8 @@ def test_few_instructions_a_weight_on_hopper(rows, layout):
     assert products and all(operand.startswith("R") for operand in products), "the weight goes through shared memory"
     loop = max((body for body in gate.assembly(code)[1] if any("HGMMA" in name for name in body)), key=len)
     waits = sum(name.startswith("WARPGROUP.DEPBAR") for name in loop)
+    if rows > 64:  # another program of the multiprocessor multiplies meanwhile
+        return
     assert 2 * waits <= sum("HGMMA" in name for name in loop), "each product waits for the one before"
 
 
@@ -154,31 +156,22 @@ def test_cuda_file(source, target):
             assert not worse, f"{row['launch']} on {target}: {worse}; if it must be, `python -m bench aot`"
 
 
-# (by table, rows of x up to which a kernel serves) -> instructions for each weight in the main loop: of all kinds, and
-# of those that the half-as-wide integer units execute.
-CUDA_LIMITS = {
-    ("true", 4): (3.2, 1.6),
-    ("true", 8): (3.4, 1.6),
-    ("true", 16): (3.8, 1.6),
-    ("false", 4): (4.1, 3.3),
-    ("false", 8): (4.8, 3.3),
-    ("false", 16): (5.1, 3.3),
-}
-CUDA_KERNELS = {4: "128, 1", 8: "64, 1", 16: "64, 2"}
+# Groups of 8 rows of x -> instructions for each weight in a window: of all kinds, and of those that the half-as-wide
+# integer units execute.
+CUDA_LIMITS = {1: (3.5, 1.7), 2: (3.8, 1.6)}
 
 
 @pytest.mark.parametrize("target", gate.CUDA_TARGETS)
-@pytest.mark.parametrize("by_table, rows", CUDA_LIMITS)
-def test_few_instructions_a_weight_in_cuda(target, by_table, rows):
+@pytest.mark.parametrize("groups", CUDA_LIMITS)
+def test_few_instructions_a_weight_in_cuda(target, groups):
     """The gate of the decode kernel, on the committed table, which `test_cuda_file` holds the compiler to."""
     for dtype in ("__nv_bfloat16", "__half"):
         for nested in ("true", "false"):
-            arguments = f"{dtype}, {CUDA_KERNELS[rows]}, {nested}, {by_table}"
-            row = COMMITTED["rows"][target, f"linear_4bit.cu linear_4bit_kernel<{arguments}>"]
+            row = COMMITTED["rows"][target, f"linear_4bit.cu linear_4bit_kernel<{dtype}, {groups}, {nested}>"]
             figures = row["sass_per_weight"], row["integer_per_weight"]
-            assert all(figure <= limit for figure, limit in zip(figures, CUDA_LIMITS[by_table, rows], strict=True))
-            assert row["matrix"] == ["HMMA"] and row["wide_loads"] == (8 if rows == 4 else 0)
-            assert row["registers"] <= (128 if rows <= 8 else 255), "two blocks must fit onto a multiprocessor"
+            assert all(figure <= limit for figure, limit in zip(figures, CUDA_LIMITS[groups], strict=True))
+            assert row["matrix"] == ["HMMA"] and row["wide_loads"] == 2
+            assert row["registers"] <= 128, "a block of 512 threads must fit onto a multiprocessor"
 
 
 def test_a_worse_row_is_caught():
@@ -200,14 +193,14 @@ def test_main_loop_is_counted():
     assert gate.sass_per_weight("\n".join(other), tile, 4) is None
 
 
-def test_cuda_loop_is_counted():
-    loop = [".L_x_1:", "/*0010*/ LDG.E.EF.128 R4, [R2] ;", "/*0020*/ LDG.E.U8 R1, [R2] ;"]
-    loop += ["/*0030*/ PRMT R1, R2, R3, R4 ;"] * 60
-    loop += ["/*0390*/ LDS.128 R4, [R2] ;", "/*0394*/ LDS R4, [R2] ;"]
-    loop += ["/*0400*/ HMMA.16816.F32.BF16 R4, R8, R2, R4 ;", "/*0410*/ @P0 BRA `(.L_x_1) ;"]
+def test_cuda_window_is_counted():
+    window = ["/*0000*/ DEPBAR.LE SB0, 0x3 ;", "/*0010*/ LDGSTS.E.BYPASS.LTC128B.128 [R4], desc[UR4][R2.64], P0 ;"]
+    window += ["/*0020*/ LDGSTS.E [R4], desc[UR4][R2.64], P0 ;", *["/*0030*/ LOP3.LUT R1, R2, R3, R4 ;"] * 60]
+    window += ["/*0390*/ LDS.128 R4, [R2] ;", "/*0394*/ LDS R4, [R2] ;"]
+    window += ["/*0400*/ HMMA.16816.F32.BF16 R4, R8, R2, R4 ;"]
     expected = {"matrix": ["HMMA"], "sass_per_weight": 2.062, "integer_per_weight": 1.875}
     expected |= {"shared_per_weight": 0.156, "wide_loads": 1}
-    assert gate.decoding("\n".join(loop)) == expected
+    assert gate.decoding("\n".join(window * 3)) == expected
     assert gate.decoding("/*0010*/ LDG.E R1, [R2] ;")["sass_per_weight"] is None
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from cuda_support import beside_a_fault, emulation, place
 
-from peft_kernels import BackendError, Weight4bit, dispatch, functional, native, use_backend
+from peft_kernels import BackendError, Weight4bit, dispatch, explain, functional, native, use_backend
 from peft_kernels.ops.linear_4bit import cuda_calls
 from peft_kernels.ops.lora_linear import native_calls as lora
 from peft_kernels.ops.nf4.native_calls import native_weight
@@ -32,7 +32,8 @@ CASES = {
     "straddling-blocks": (3, 37, 192, BF16, "nf4", 128, True, None, 5),
     "straddling-wide": (7, 9, 960, FP16, "fp4", 256, False, None, 0),
     "one-block-a-row": (13, 20, 4096, BF16, "nf4", 4096, True, FP32, 8),
-    "beyond-a-batch": (2, 19, 5056, BF16, "nf4", 64, True, FP16, 16),
+    "every-window-of-a-warp": (2, 19, 6208, BF16, "nf4", 64, True, FP16, 16),
+    "sixteen-rows-of-two-windows": (16, 19, 3136, BF16, "nf4", 64, True, FP16, 5),
     "fewer-rows-than-a-tile": (16, 1, 128, FP16, "nf4", 64, True, FP16, 2),
 }
 if torch.cuda.is_available():
@@ -58,11 +59,11 @@ class Inputs:
         self.lora_B = [(randn(n, rank) / 4).to(device, dtype)] if rank else []
         self.scaling = [0.5] * len(self.lora_A)
 
-    def forward(self, x=None, by_table=cuda_calls.BY_TABLE):
+    def forward(self, x=None):
         """y by the CUDA kernels."""
         x = self.x if x is None else x
         if not self.lora_A:
-            return cuda_calls.forward(x, self.weight, self.bias, by_table=by_table)
+            return cuda_calls.forward(x, self.weight, self.bias)
         ps = [0.0] * len(self.lora_A)
         return lora._forward_cuda(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, ps)[0]
 
@@ -87,27 +88,12 @@ def test_forward(place, case, poison):
     assert torch.equal(inputs.forward(), y)
 
 
-@pytest.mark.parametrize("m, dtype, quant_type", [(4, BF16, "nf4"), (8, FP16, "fp4"), (16, BF16, "nf4")])
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-def test_both_decodes_agree(place, m, dtype, quant_type, nested):
-    """By table and by byte permutes, every kernel: the same bits."""
-    inputs = Inputs(place.device, m, 37, 576, dtype, quant_type, nested=nested, bias=FP32)
-    by_permutes = inputs.forward(by_table=False)
-    inputs.check(by_permutes)
-    assert torch.equal(inputs.forward(by_table=True), by_permutes)
-
-
-@pytest.mark.parametrize("m, dtype", [(1, BF16), (6, FP16), (16, BF16)])
-def test_k_is_split_where_x_does_not_fit(place, m, dtype, poison):
+@pytest.mark.parametrize("m, k, dtype, splits", [(1, 8256, BF16, 2), (6, 8256, FP16, 2), (16, 8256, BF16, 3)])
+def test_k_is_split_where_registers_do_not_hold_x(place, m, k, dtype, splits, poison):
     """Through float32 planes, and a second kernel that adds up, with bias and adapter."""
-    inputs = Inputs(place.device, m, 40, 2112, dtype, bias=FP32, rank=4)
-    place.shape(shared_memory=(41 if m <= 4 else 56) << 10)
-    if place.device.type == "cpu":
-        assert native.cuda_core().linear_4bit_splits(0, m, 2112, True) > 1
-    y = inputs.forward()
-    inputs.check(y)
-    place.shape()
-    torch.testing.assert_close(inputs.forward(), y, rtol=2e-2, atol=2e-2)
+    inputs = Inputs(place.device, m, 40, k, dtype, bias=FP32, rank=4)
+    assert native.cuda_core().linear_4bit_splits(m, k) == splits
+    inputs.check(inputs.forward())
 
 
 def test_several_adapters(place):
@@ -188,7 +174,7 @@ def test_bad_arguments(place):
     x, y, view = inputs.x, torch.empty(2, 16, dtype=BF16, device=place.device), native_weight(inputs.weight)
     core, good = native.cuda_core(), {"device": 0, "stream": 0, "x": x.data_ptr(), "dtype": 2, "M": 2, "ldx": 64}
     good |= {"weight": view, "bias": 0, "bias_dtype": 0, "s": 0, "b": 0, "b_dtype": 0, "rank": 0, "scaling": 1.0}
-    good |= {"y": y.data_ptr(), "planes": 0, "by_table": True}
+    good |= {"y": y.data_ptr(), "planes": 0}
     core.linear_4bit_decode(**good)
     for bad in ({"x": 0}, {"y": 0}, {"M": 0}, {"M": 17}, {"ldx": 60}, {"dtype": 0}, {"dtype": 9}, {"s": y.data_ptr()}):
         with pytest.raises(ValueError):
@@ -213,15 +199,37 @@ def test_code_books_are_those_of_triton(emulation, quant_type, dtype):
     assert unit == torch.tensor(1 / MULTIPLIER[quant_type][dtype]).item()
 
 
+@pytest.mark.parametrize("place", ["emulated"], indirect=True)
+def test_a_device_with_too_little_shared_memory_is_refused(place):
+    assert native.cuda_core().device_unsupported(0) == ""
+    place.shape(shared_memory=99 << 10)
+    assert f"{99 << 10} bytes of shared memory" in native.cuda_core().device_unsupported(0)
+
+
+@pytest.mark.parametrize("place", ["emulated"], indirect=True)
 @pytest.mark.parametrize("op", ["linear_4bit", "lora_linear"])
-def test_auto_leaves_them_to_those_who_ask(op, monkeypatch):
+def test_auto_takes_them_for_the_calls_that_they_serve(place, op, monkeypatch):
+    """Others go on to Triton; asked for by name, the kernels refuse those themselves."""
     monkeypatch.setattr(native, "why_not_cuda", lambda device, dtypes: None)
     dispatch._search.cache_clear()
-    device = torch.device("cuda", 0)
-    chosen, ((name, reason), *_) = dispatch._search(op, "auto", device, (BF16,))
-    assert chosen != "native" and name == "native"
-    assert "not been measured" in reason and 'use_backend("native")' in reason
-    assert dispatch._search(op, "native", device, (BF16,)) == ("native", ())
+
+    def chosen(m, k=128, blocksize=64, tiled=False, differentiated=False, dropout_p=0.0):
+        weight = Inputs("cpu", 1, 16, k, BF16, blocksize=blocksize).weight
+        call = torch.zeros(m, k, dtype=BF16), weight.with_layout("tiled") if tiled else weight, differentiated
+        call = (*call, [dropout_p]) if op == "lora_linear" else call
+        device = torch.device("cuda", 0)
+        recorded = dispatch.record(lambda: dispatch.choose(op, device, (BF16,), call=call))[0]
+        return recorded.chosen, recorded.passed_over.get("native", "")
+
+    assert chosen(16) == ("native", "")
+    cases = [({"m": 17}, "at most 16 rows"), ({"m": 1, "differentiated": True}, "no backward")]
+    cases += [({"m": 1, "k": 96, "blocksize": 32}, "multiple of 64"), ({"m": 1, "tiled": True}, "layout")]
+    cases += [({"m": 1, "dropout_p": 0.5}, "no dropout")] if op == "lora_linear" else []
+    for call, reason in cases:
+        backend, why = chosen(**call)
+        assert backend != "native" and reason in why
+        with use_backend("native"):
+            assert chosen(**call) == ("native", "")
     dispatch._search.cache_clear()
 
 
@@ -251,6 +259,27 @@ class TestDevice:
         inputs.check(adapted.detach().view(6, 96))
         inputs.lora_A, inputs.lora_B, inputs.scaling = [], [], []
         inputs.check(y.detach().view(6, 96))
+
+    def test_auto(self, place):
+        """Few rows without gradients are theirs; with gradients, and more rows, Triton's."""
+        pytest.importorskip("triton")
+        inputs = Inputs(place.device, 6, 96, 256, BF16, bias=BF16, rank=8)
+        (a,), (b,), weight = inputs.lora_A, inputs.lora_B, inputs.weight
+
+        def plain(x):
+            return functional.linear_4bit(x, weight, inputs.bias)
+
+        def adapted(x):
+            return functional.lora_linear(x, weight, a, b, scaling=0.5, bias=inputs.bias)
+
+        for call in (plain, adapted):
+            assert explain(call, inputs.x).splitlines()[0].endswith(": native")
+            assert explain(call, inputs.x.repeat(3, 1)).splitlines()[0].endswith(": triton")
+            x = inputs.x.clone().requires_grad_()
+            assert explain(call, x).splitlines()[0].endswith(": triton")
+            call(x).float().sum().backward()
+            assert x.grad.isfinite().all()
+        inputs.check(adapted(inputs.x))
 
     def test_side_streams(self, place):
         layers = [Inputs(place.device, m, 512, 1024, BF16, rank=16) for m in (1, 16)]

@@ -21,7 +21,7 @@ from ..shapes import Layer
 from ..timing import copies_beyond_cache
 
 CPU_GOALS = {1: 2.5, 4: 2.0, 16: 1.6, 64: 1.3, 256: 1.3, 1024: 1.3}  # rows -> peer time / our time, 2 cores
-CUDA, PERMUTES = "ours, CUDA C++", "ours, CUDA C++ by permutes"
+CUDA = "ours, CUDA C++"
 GPU_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 
 
@@ -74,9 +74,6 @@ def inference(options: Options, m: int, n: int, k: int) -> Work:
 
         return call
 
-    def permutes(weight: pk.Weight4bit) -> Call:
-        return lambda: without_grad(lambda x: cuda_calls.forward(x, weight, None, by_table=False))
-
     def floor() -> list[Call]:
         dense_weights = [weight.dequantize() for _ in range(copies)]
         return [functools.partial(F.linear, x, w) for w in dense_weights]
@@ -88,8 +85,7 @@ def inference(options: Options, m: int, n: int, k: int) -> Work:
     work.add(FUNCTIONAL, "ours", lambda: [function(fresh(weight)) for _ in range(copies)])
     if options.device.type == "cuda" and m <= cuda_calls.MOST_ROWS:
         absent = native.why_not_cuda(options.device, (options.dtype,))
-        for name, call in ((CUDA, cuda), (PERMUTES, permutes)):
-            work.add(name, "ours", partial(lambda call: [call(fresh(weight)) for _ in range(copies)], call), absent)
+        work.add(CUDA, "ours", lambda: [cuda(fresh(weight)) for _ in range(copies)], absent)
     work.add(bnb.NAME, "peer", lambda: modules(unchanged), bnb.why_not())
     work.add(dense.NAME, "floor", floor)
     if copies > 1:

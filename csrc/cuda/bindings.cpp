@@ -11,12 +11,11 @@ PYBIND11_MODULE(_native_cuda, m) {
 
   def_kernel<device_unsupported>(m, "device_unsupported", py::arg("device"));
   def_kernel<linear_4bit_unsupported>(m, "linear_4bit_unsupported", py::arg("weight"));
-  def_kernel<linear_4bit_splits>(m, "linear_4bit_splits", py::arg("device"), py::arg("M"), py::arg("K"),
-                                 py::arg("by_table"));
+  def_kernel<linear_4bit_splits>(m, "linear_4bit_splits", py::arg("M"), py::arg("K"));
   def_kernel<linear_4bit_decode>(m, "linear_4bit_decode", py::arg("device"), py::arg("stream"), py::arg("x"),
                                  py::arg("dtype"), py::arg("M"), py::arg("ldx"), py::arg("weight"), py::arg("bias"),
                                  py::arg("bias_dtype"), py::arg("s"), py::arg("b"), py::arg("b_dtype"), py::arg("rank"),
-                                 py::arg("scaling"), py::arg("y"), py::arg("planes"), py::arg("by_table"));
+                                 py::arg("scaling"), py::arg("y"), py::arg("planes"));
   def_kernel<lora_shrink_decode>(m, "lora_shrink_decode", py::arg("device"), py::arg("stream"), py::arg("x"),
                                  py::arg("dtype"), py::arg("M"), py::arg("K"), py::arg("ldx"), py::arg("a"),
                                  py::arg("a_dtype"), py::arg("rank"), py::arg("s"));

@@ -15,6 +15,7 @@ namespace peft_kernels {
 
 constexpr int kWarp = 32;
 
+__device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
@@ -39,6 +40,25 @@ __device__ __forceinline__ float half_of_pair<__half>(uint32_t pair, bool upper)
 template <>
 __device__ __forceinline__ float half_of_pair<__nv_bfloat16>(uint32_t pair, bool upper) {
   return __uint_as_float(upper ? pair & 0xffff0000u : pair << 16);
+}
+
+// Elements i to i + 7, at a multiple of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void load_eight(const void* from, int64_t i, float (&values)[8]) {
+  const uint4 loaded = *reinterpret_cast<const uint4*>(static_cast<const T*>(from) + i);
+  const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) values[j] = half_of_pair<T>(pairs[j / 2], j % 2);
+}
+
+template <>
+__device__ __forceinline__ void load_eight<float>(const void* from, int64_t i, float (&values)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; j += 4) {
+    const uint4 loaded = *reinterpret_cast<const uint4*>(static_cast<const float*>(from) + i + j);
+    values[j] = __uint_as_float(loaded.x), values[j + 1] = __uint_as_float(loaded.y);
+    values[j + 2] = __uint_as_float(loaded.z), values[j + 3] = __uint_as_float(loaded.w);
+  }
 }
 
 // Element i of an array whose type is known at run time, as biases' and adapters' are.

@@ -14,57 +14,56 @@ int log2_exact(int64_t value) {
   return int64_t(1) << shift == value ? shift : -1;
 }
 
-// How a call is cut: shared memory holds x, so K is split where that does not fit.
+// How a call is cut: registers hold x, so K is split where it does not fit.
 struct Plan {
-  int splits, blocks_per_multiprocessor, k_per_split;
-  size_t shared;
+  int splits, k_per_split, windows;
 };
 
-Plan make_plan(int device, int64_t M, int64_t K, bool table) {
-  const int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int64_t all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  const int64_t windows = (K + kWindow - 1) / kWindow;
-  for (int64_t splits = 1;; ++splits) {
-    const int64_t each = (windows + splits - 1) / splits, shared = shared_bytes(M, each * kWindow, table);
-    if (shared > most && each > 1) continue;
-    const int64_t resident = all / (shared + 1024);  // the driver keeps 1 KiB of each block's
-    return {int((windows + each - 1) / each), int(resident < 2 ? 1 : most_resident(M)), int(each * kWindow),
-            size_t(shared)};
-  }
+int groups_of(int64_t M) { return M <= 8 ? 1 : 2; }
+
+Plan make_plan(int64_t M, int64_t K) {
+  const int64_t windows = (K + kWindow - 1) / kWindow, most = kWarps * most_windows(groups_of(M));
+  const int64_t splits = (windows + most - 1) / most, each = (windows + splits - 1) / splits;
+  return {int((windows + each - 1) / each), int(each * kWindow), int((each + kWarps - 1) / kWarps)};
 }
 
-template <typename T, bool NESTED, bool TABLE>
-auto* choose_kernel(int M) {
-  if (M <= 4) return linear_4bit_kernel<T, 128, 1, NESTED, TABLE>;
-  return M <= 8 ? linear_4bit_kernel<T, 64, 1, NESTED, TABLE> : linear_4bit_kernel<T, 64, 2, NESTED, TABLE>;
+template <typename T, bool NESTED>
+auto* choose_kernel(int64_t M) {
+  return groups_of(M) == 1 ? linear_4bit_kernel<T, 1, NESTED> : linear_4bit_kernel<T, 2, NESTED>;
+}
+
+// Whether code for this device has an instruction to wait with for a kernel that it overlaps; once for each kernel and
+// device, it may also have all the shared memory that it needs.
+template <typename Kernel>
+bool prepare(Kernel* kernel, int device, int shared) {
+  struct Prepared {
+    void* kernel;
+    int device;
+    bool overlaps;
+  };
+  thread_local std::vector<Prepared> prepared;
+  for (const Prepared& other : prepared)
+    if (other.kernel == reinterpret_cast<void*>(kernel) && other.device == device) return other.overlaps;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared memory");
+  cudaFuncAttributes compiled;
+  check_cuda(cudaFuncGetAttributes(&compiled, kernel), "linear_4bit");
+  prepared.push_back({reinterpret_cast<void*>(kernel), device, compiled.binaryVersion >= 90});
+  return prepared.back().overlaps;
 }
 
 template <typename T>
-auto* choose_kernel(int M, bool nested, bool table) {
-  if (nested) return table ? choose_kernel<T, true, true>(M) : choose_kernel<T, true, false>(M);
-  return table ? choose_kernel<T, false, true>(M) : choose_kernel<T, false, false>(M);
-}
-
-template <typename T>
-void run(int device, uintptr_t stream, const Linear4& call, const Plan& plan, bool table) {
-  auto* kernel = choose_kernel<T>(call.M, call.weight.absmax2 != nullptr, table);
-  // always the most there is: another thread may launch the same kernel for another shape
-  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
+void run(int device, uintptr_t stream, const Linear4& call, const Plan& plan) {
+  auto* kernel = call.weight.absmax2 ? choose_kernel<T, true>(call.M) : choose_kernel<T, false>(call.M);
+  const int shared = shared_bytes(groups_of(call.M));
+  const bool can_overlap = prepare(kernel, device, shared);
   const int64_t tiles = (call.N + kTileRows - 1) / kTileRows;
-  const int64_t resident = device_attribute(cudaDevAttrMultiProcessorCount, device) * plan.blocks_per_multiprocessor;
-  const int64_t columns = resident / plan.splits > 0 ? resident / plan.splits : 1;
+  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device) * (16 / kWarps);
+  const int64_t columns = multiprocessors / plan.splits > 0 ? multiprocessors / plan.splits : 1;
   const dim3 grid(unsigned(tiles < columns ? tiles : columns), unsigned(plan.splits));
-  bool overlaps = call.extras.s != nullptr;
-  if (overlaps) {  // code for older devices has no instruction to wait with
-    cudaFuncAttributes compiled;
-    check_cuda(cudaFuncGetAttributes(&compiled, kernel), "linear_4bit");
-    overlaps = compiled.binaryVersion >= 90;
-  }
-  launch(kernel, grid, kWarp * kWarps, plan.shared, stream, overlaps, call);
+  launch(kernel, grid, kWarp * kWarps, size_t(shared), stream, can_overlap && call.extras.s, call);
   if (plan.splits > 1) {
     const int64_t outputs = call.M * call.N;
-    launch(sum_planes_kernel<T>, dim3(unsigned((outputs + 255) / 256)), 256, 0, stream, false, call, plan.splits);
+    launch(sum_planes_kernel<T>, dim3(unsigned((outputs + 255) / 256)), 256, 0, stream, can_overlap, call, plan.splits);
   }
 }
 
@@ -92,31 +91,32 @@ std::string device_unsupported(int device) {
   if (status == cudaSuccess) {
     const DeviceGuard guard(device);
     cudaFuncAttributes compiled;
-    status = cudaFuncGetAttributes(&compiled, linear_4bit_kernel<__nv_bfloat16, 128, 1, true, true>);
+    status = cudaFuncGetAttributes(&compiled, linear_4bit_kernel<__nv_bfloat16, 2, true>);
   }
-  if (status != cudaSuccess) cudaGetLastError();  // told; the next call is not to find it
+  if (status == cudaSuccess) {
+    const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (most < shared_bytes(2))
+      return "a block has " + std::to_string(most) + " bytes of shared memory, not " + std::to_string(shared_bytes(2));
+  } else {
+    cudaGetLastError();  // told; the next call is not to find it
+  }
   return status == cudaSuccess ? "" : cudaGetErrorString(status);
 }
 
 std::vector<float> decode_table(QuantType quant_type, DType dtype) {
   const DecodeTable table = make_decode_table(quant_type, dtype);
   std::vector<float> values;
-  for (int i = 0; i < 16; ++i) {
-    const auto byte = [&](int plane) { return table.planes[plane][i / 4] >> 8 * (i % 4) & 0xff; };
-    const uint16_t bits = uint16_t(byte(1) << 8 | byte(0));
+  for (const uint16_t bits : table.values)
     values.push_back(dtype == DType::BF16 ? bf16_to_f32(bits) : f16_to_f32(bits));
-  }
   values.push_back(table.unit);
   return values;
 }
 
-int64_t linear_4bit_splits(int device, int64_t M, int64_t K, bool by_table) {
-  return make_plan(device, M, K, by_table).splits;
-}
+int64_t linear_4bit_splits(int64_t M, int64_t K) { return make_plan(M, K).splits; }
 
 void linear_4bit_decode(int device, uintptr_t stream, const void* x, DType dtype, int64_t M, int64_t ldx,
                         const Weight4& weight, const void* bias, DType bias_dtype, const float* s, const void* b,
-                        DType b_dtype, int64_t rank, float scaling, void* y, float* planes, bool by_table) {
+                        DType b_dtype, int64_t rank, float scaling, void* y, float* planes) {
   const std::string reason = linear_4bit_unsupported(weight);
   require(reason.empty(), "the weight cannot be served: " + reason);
   require(dtype == DType::F16 || dtype == DType::BF16, "x must be float16 or bfloat16");
@@ -126,7 +126,7 @@ void linear_4bit_decode(int device, uintptr_t stream, const void* x, DType dtype
   require(x && y && (!s || (b && rank >= 1)), "a pointer is null");
   if (weight.N == 0) return;
   const DeviceGuard guard(device);
-  const Plan plan = make_plan(device, M, weight.K, by_table);
+  const Plan plan = make_plan(M, weight.K);
   require(plan.splits == 1 || planes, "planes is null, and K is split");
   const Linear4 call = {x,
                         weight,
@@ -138,12 +138,13 @@ void linear_4bit_decode(int device, uintptr_t stream, const void* x, DType dtype
                         int(M),
                         int(weight.N),
                         plan.k_per_split,
+                        plan.windows,
                         log2_exact(weight.blocksize / 64),
                         weight.absmax2 ? log2_exact(weight.nested_blocksize) : 0};
   if (dtype == DType::F16) {
-    run<__half>(device, stream, call, plan, by_table);
+    run<__half>(device, stream, call, plan);
   } else {
-    run<__nv_bfloat16>(device, stream, call, plan, by_table);
+    run<__nv_bfloat16>(device, stream, call, plan);
   }
 }
 

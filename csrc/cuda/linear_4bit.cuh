@@ -5,58 +5,67 @@
 
 namespace peft_kernels {
 
-constexpr int kZeros = 384;      // bytes of zeros for lanes without a row of x: a window's, and a shift
-constexpr int kCodes = 256 * 4;  // bytes of the nested scales' code book
+constexpr int kCodes = 260 * 4;  // bytes of the nested scales' code book, their offset and three words to align
 
-// Blocks that registers leave room for on a multiprocessor: more than 8 rows need more than 128 a thread.
-constexpr __host__ __device__ int most_resident(int64_t M) { return M <= 8 ? 2 : 1; }
+// Floats of one row of W in one warp's partial sums; an odd number keeps their readers apart.
+constexpr __host__ __device__ int partial_stride(int groups) { return 8 * groups + 1; }
 
-// Bytes from one row of x to the next: 16 modulo 128, so that lanes reading several rows meet in no bank.
-inline __host__ __device__ int64_t row_bytes(int64_t k) { return 2 * k + 16; }
+// The table of pairs, what nested scales need, two sets of partial sums, the warps' stages.
+constexpr __host__ __device__ int shared_bytes(int groups) {
+  return kPairs + kCodes + 2 * 4 * kWarps * kTileRows * partial_stride(groups) + kWarps * kStages * kStageBytes;
+}
 
-// Floats of one warp's partial sums; an odd stride between rows keeps their readers apart.
-inline __host__ __device__ int partial_stride(int64_t M) { return M <= 4 ? 5 : M <= 8 ? 9 : 17; }
-
-// The table of pairs if there is one, zeros, the nested code book, two sets of partial sums, x.
-inline __host__ __device__ int64_t shared_bytes(int64_t M, int64_t k, bool table) {
-  return (table ? kPairs : 0) + kZeros + kCodes + 2 * 4 * kWarps * kTileRows * partial_stride(M) + M * row_bytes(k);
+// The product of two rows of `rank` elements.
+template <typename B>
+__device__ __forceinline__ float dot(const float* s, const B* b, int rank) {
+  float sum = 0;
+  int r = 0;
+  if (rank % 8 == 0 && (reinterpret_cast<uintptr_t>(s) | reinterpret_cast<uintptr_t>(b)) % 16 == 0) {
+#pragma unroll 1
+    for (; r < rank; r += 8) {
+      float left[8], right[8];
+      load_eight<float>(s, r, left);
+      load_eight<B>(b, r, right);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum = fmaf(left[i], right[i], sum);
+    }
+  }
+  for (; r < rank; ++r) sum = fmaf(s[r], to_float(b[r]), sum);
+  return sum;
 }
 
 __device__ __forceinline__ float add_extras(float sum, const Extras& extras, int m, int n) {
   if (extras.bias) sum += load_as_float(extras.bias, n, extras.bias_dtype);
   if (extras.s) {
-    float product = 0;
-    for (int r = 0; r < extras.rank; ++r)
-      product += extras.s[m * extras.rank + r] * load_as_float(extras.b, int64_t(n) * extras.rank + r, extras.b_dtype);
+    const float* s = extras.s + int64_t(m) * extras.rank;
+    const auto times = [&](auto* b) { return dot(s, b + int64_t(n) * extras.rank, extras.rank); };
+    const float product = extras.b_dtype == DType::F32   ? times(static_cast<const float*>(extras.b))
+                          : extras.b_dtype == DType::F16 ? times(static_cast<const __half*>(extras.b))
+                                                         : times(static_cast<const __nv_bfloat16*>(extras.b));
     sum += extras.scaling * product;
   }
   return sum;
 }
 
-// x's columns k_begin ... k_end to shared memory, zeros up to k_per_split; and what else lies there.
-template <typename T>
-__device__ __forceinline__ void stage_x(const Linear4& call, int k_begin, int k_end, char* zeros, float* code2,
-                                        char* rows) {
-  for (int i = threadIdx.x; i < kZeros / 4; i += blockDim.x) reinterpret_cast<uint32_t*>(zeros)[i] = 0;
-  for (int i = threadIdx.x; call.weight.absmax2 && i < 256; i += blockDim.x) code2[i] = call.weight.code2[i];
-  const int vectors = call.k_per_split / 8;
-  for (int i = threadIdx.x; i < call.M * vectors; i += blockDim.x) {
-    const int m = i / vectors, k = k_begin + i % vectors * 8;
-    const T* from = static_cast<const T*>(call.x) + m * call.ldx + k;
-    const uint4 eight = k < k_end ? *reinterpret_cast<const uint4*>(from) : uint4{};
-    *reinterpret_cast<uint4*>(rows + m * row_bytes(call.k_per_split) + 2 * (k - k_begin)) = eight;
-  }
+// Asks for a tile's rows of B, which its last threads would otherwise wait for.
+__device__ __forceinline__ void prefetch_extras(const Linear4& call, int tile) {
+  const int n = tile * kTileRows + int(threadIdx.x);
+  if (!call.extras.s || call.planes || threadIdx.x >= kTileRows || n >= call.N) return;
+  const int64_t row = int64_t(call.extras.rank) * (call.extras.b_dtype == DType::F32 ? 4 : 2);
+  const char* from = static_cast<const char*>(call.extras.b) + n * row;
+#pragma unroll 1
+  for (int64_t i = 0; i < row; i += 128) prefetch(from + i);
 }
 
 // A tile of y, or of the split's plane, from the warps' sums.
 template <typename T>
-__device__ __forceinline__ void write_tile(const Linear4& call, int tile, const float* partials) {
-  const int stride = partial_stride(call.M);
+__device__ __forceinline__ void write_tile(const Linear4& call, int tile, const float* partials, int stride) {
   if (call.extras.s) wait_for_previous_kernel();
   for (int i = threadIdx.x; i < kTileRows * call.M; i += blockDim.x) {
     const int row = i % kTileRows, m = i / kTileRows, n = tile * kTileRows + row;
     if (n >= call.N) continue;
     float sum = 0;
+#pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) sum += partials[(warp * kTileRows + row) * stride + m];
     sum *= call.table.unit;
     if (call.planes) {
@@ -67,83 +76,74 @@ __device__ __forceinline__ void write_tile(const Linear4& call, int tile, const 
   }
 }
 
-// Each block keeps its part of K of x and goes through tiles of 16 rows of W; its warps share a tile's columns and add
-// up their sums in shared memory, in a fixed order. A slot's next window is loaded as soon as its last is multiplied,
-// also from tile to tile, so that memory never waits.
-template <typename T, int SPAN, int GROUPS, bool NESTED, bool TABLE>
-__global__ void __launch_bounds__(kWarps* kWarp, GROUPS == 1 ? 2 : 1) linear_4bit_kernel(const Linear4 call) {
+// Each block keeps its part of K of x in registers and goes through tiles of 16 rows of W; its warps share a tile's
+// columns and add up their sums in shared memory, in a fixed order. A stage is filled again as soon as it is read, also
+// from tile to tile, so that memory never waits.
+template <typename T, int GROUPS, bool NESTED>
+__global__ void __launch_bounds__(kWarps* kWarp, 16 / kWarps) linear_4bit_kernel(const Linear4 call) {
   extern __shared__ __align__(16) char shared[];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane >> 2, t = lane & 3;
-  const int tiles = (call.N + kTileRows - 1) / kTileRows, stride = partial_stride(call.M);
+  constexpr int stride = partial_stride(GROUPS);
+  // by a shuffle the compiler knows that a warp has it in common
+  const int warp = __shfl_sync(~0u, int(threadIdx.x / kWarp), 0), lane = threadIdx.x % kWarp, g = lane >> 2,
+            t = lane & 3;
+  const int tiles = (call.N + kTileRows - 1) / kTileRows;
   const int k_begin = blockIdx.y * call.k_per_split, k_end = min(int(call.weight.K), k_begin + call.k_per_split);
   const int k_first = k_begin + warp * kWindow;
-  char* const zeros = shared + (TABLE ? kPairs : 0);
-  float* const code2 = reinterpret_cast<float*>(zeros + kZeros);
+  float* const code2 = reinterpret_cast<float*>(shared + kPairs);
   float* const partials = code2 + kCodes / 4;
-  char* const rows = reinterpret_cast<char*>(partials + 2 * kWarps * kTileRows * stride);
+  char* const stages =
+      reinterpret_cast<char*>(partials + 2 * kWarps * kTileRows * stride) + warp * kStages * kStageBytes;
+  let_next_kernel_start();
 
-  int tile = blockIdx.x;
-  Window<SPAN> windows[kSlots] = {};
-  Source from = source<SPAN>(call, tile, k_first, g, t);
+  Position ahead = first_position(call, blockIdx.x, k_first, lane);
+  uint32_t bytes = 0;  // what `fetch_window` answered for each stage, two bits each
+  const auto fetch = [&](char* stage) {
+    bytes = bytes << 2 | fetch_window<NESTED>(call, ahead, k_end, stage, lane);
+    end_of_copies();
+    advance(ahead, call);
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < kStages; ++stage) fetch(stages + stage * kStageBytes);
+  WindowOfX<GROUPS> x[most_windows(GROUPS)];
 #pragma unroll
-  for (int slot = 0; slot < kSlots; ++slot)
-    load_window<SPAN, NESTED>(windows[slot], call, from, slot, k_end - k_first, t);
-  if constexpr (TABLE) fill_pairs(call.table, shared);
-  stage_x<T>(call, k_begin, k_end, zeros, code2, rows);
-  const float offset = NESTED ? *call.weight.offset : 0.0f;
+  for (int window = 0; window < most_windows(GROUPS); ++window)
+    if (window < call.windows) load_x<T>(x[window], call, k_first + window * kStep, k_end, lane);
+  fill_pairs(call.table, shared);
+  for (int i = threadIdx.x; NESTED && i < 257; i += blockDim.x)
+    code2[i] = i < 256 ? call.weight.code2[i] : *call.weight.offset;
   __syncthreads();
 
-  // Lanes without a row of x read zeros, from banks that the lanes beside them leave free.
-  const char* x_rows[GROUPS];
-  int x_step[GROUPS];
-#pragma unroll
-  for (int group = 0; group < GROUPS; ++group) {
-    const int m = SPAN == 128 ? g & 3 : 8 * group + g;
-    const bool own = m < call.M && (SPAN == 64 || g >> 2 == t >> 1);
-    const int free = SPAN == 64 ? 16 : m & 2 ? 0 : 32;
-    x_rows[group] =
-        own ? rows + m * row_bytes(call.k_per_split) + (k_first - k_begin) * 2 + t * (SPAN / 2) : zeros + free;
-    x_step[group] = own ? kStep * 2 : 0;
-  }
-
-  for (int set = 0; tile < tiles; tile += gridDim.x, set ^= 1) {
+  int stage = 0;
+  for (int tile = blockIdx.x, set = 0; tile < tiles; tile += gridDim.x, set ^= 1) {
+    prefetch_extras(call, tile);
     float sums[GROUPS][4] = {};
-    const char* x[GROUPS];
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) x[group] = x_rows[group];
-    for (int k = k_first; k < k_end; k += kBatch) {
-      const int next_k = k + kBatch < k_end ? k + kBatch : k_first, next_tile = next_k > k ? tile : tile + gridDim.x;
-      const int columns = next_tile < tiles ? k_end - next_k : 0;
-      from = source<SPAN>(call, next_tile, next_k, g, t);
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) {
-        if (k + slot * kStep < k_end) {
-          const float scale = scale_value<NESTED>(windows[slot].scale, code2, offset);
-          multiply_window<T, SPAN, GROUPS, TABLE>(sums, windows[slot], call.table, shared, x, scale, lane);
-        }
-        load_window<SPAN, NESTED>(windows[slot], call, from, slot, columns, t);
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) x[group] += x_step[group];
-      }
+    for (int window = 0; window < most_windows(GROUPS); ++window) {
+      if (window >= call.windows) break;
+      char* const from = stages + stage * kStageBytes;
+      wait_for_copies<kStages - 1>();
+      __syncwarp();
+      const Window codes = read_window(from, lane);
+      const float scale = scale_value<NESTED>(from + kCodeBytes + 4 * lane, bytes >> 2 * (kStages - 1) & 3, code2);
+      __syncwarp();
+      fetch(from);
+      stage = stage + 1 < kStages ? stage + 1 : 0;
+      multiply_window<T>(sums, codes, x[window], shared, scale, lane);
     }
     float* const partial = partials + (set * kWarps + warp) * kTileRows * stride;
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
+    for (int group = 0; group < GROUPS; ++group)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float other = SPAN == 128 ? __shfl_xor_sync(~0u, sums[group][i], 2) : 0.0f;
-        const int m = SPAN == 128 ? 2 * (t & 1) + i % 2 : 8 * group + 2 * t + i % 2;
-        if (SPAN == 64 || t < 2) partial[(g + 8 * (i / 2)) * stride + m] = sums[group][i] + other;
-      }
-    }
+      for (int i = 0; i < 4; ++i) partial[(g + 8 * (i / 2)) * stride + 8 * group + 2 * t + i % 2] = sums[group][i];
     __syncthreads();  // one for a tile: the other set is read until the next
-    write_tile<T>(call, tile, partials + set * kWarps * kTileRows * stride);
+    write_tile<T>(call, tile, partials + set * kWarps * kTileRows * stride, stride);
   }
 }
 
 // y from the float32 planes, in their order.
 template <typename T>
 __global__ void __launch_bounds__(256) sum_planes_kernel(const Linear4 call, int splits) {
+  wait_for_previous_kernel();
   const int64_t outputs = int64_t(call.M) * call.N, i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= outputs) return;
   float sum = 0;

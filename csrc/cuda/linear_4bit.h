@@ -19,15 +19,14 @@ std::string linear_4bit_unsupported(const Weight4& weight);
 // Why the device cannot run the kernels, or an empty string. The first call of a process that needs a driver.
 std::string device_unsupported(int device);
 
-// by_table: decode by a table in shared memory rather than by byte permutes. How many float32 planes (splits, M, N) a
-// call needs beside y: none where it answers 1.
-int64_t linear_4bit_splits(int device, int64_t M, int64_t K, bool by_table);
+// How many float32 planes (splits, M, N) a call needs beside y: none where it answers 1.
+int64_t linear_4bit_splits(int64_t M, int64_t K);
 
 // x (M, K) and y (M, N) of dtype; bias (N,) or null. S (M, rank) float32 and B (N, rank), or null; S comes from
 // the stream's last kernel. Nothing here allocates or waits for the device: fit for graph capture.
 void linear_4bit_decode(int device, uintptr_t stream, const void* x, DType dtype, int64_t M, int64_t ldx,
                         const Weight4& weight, const void* bias, DType bias_dtype, const float* s, const void* b,
-                        DType b_dtype, int64_t rank, float scaling, void* y, float* planes, bool by_table);
+                        DType b_dtype, int64_t rank, float scaling, void* y, float* planes);
 
 // The sixteen values of a code book as the kernels have them: code / unit, and then the unit.
 std::vector<float> decode_table(QuantType quant_type, DType dtype);

@@ -5,12 +5,20 @@
 
 namespace peft_kernels {
 
-constexpr int kTileRows = 16;            // rows of W that a block multiplies at a time
-constexpr int kWarps = 8;                // of a block; they share the tile's columns
-constexpr int kWindow = 128;             // columns that a warp multiplies at a time
-constexpr int kSlots = 4;                // windows that a warp has in flight: eight 16-byte loads a lane
-constexpr int kStep = kWarps * kWindow;  // columns from one slot's window to the next slot's
-constexpr int kBatch = kSlots * kStep;   // columns from one window of a slot to its next
+constexpr int kTileRows = 16;  // rows of W that a block multiplies at a time
+#ifndef PK_WARPS
+#define PK_WARPS 16
+#endif
+constexpr int kWarps = PK_WARPS;     // of a block, which has a multiprocessor for itself; they share the tile's columns
+constexpr int kWindow = 128;   // columns that a warp multiplies at a time
+#ifndef PK_STAGES
+#define PK_STAGES 4
+#endif
+constexpr int kStages = PK_STAGES;  // windows that a warp has in flight
+constexpr int kCodeBytes = kTileRows * kWindow / 2, kStageBytes = kCodeBytes + 2 * kScales;
+
+// Windows of a warp in a tile. Registers have room for 64 words of x.
+constexpr __host__ __device__ int most_windows(int groups) { return 4 / groups; }
 
 // What is added to x W^T before the one rounding.
 struct Extras {
@@ -31,89 +39,111 @@ struct Linear4 {
   void* y;
   float* planes;  // (splits, M, N), or null where K is not split
   int64_t ldx;
-  int M, N, k_per_split, block_shift, nested_shift;
+  int M, N, k_per_split, windows, block_shift, nested_shift;  // windows: of a warp in a tile
 };
 
-// What lane 4 g + t holds of 16 rows and a window's columns: rows g and g + 8, of either every fourth run of SPAN / 4
-// columns; and the scale of row g + 8 (t & 1) in the window's half t >> 1.
-template <int SPAN>
+// Where a warp is among its windows, and what lane 4 g + t fetches there: 16 bytes each of rows g and g + 8, at columns
+// 32 t; and the scale of row g + 8 (t & 1) in the window's half t >> 1. Rows from N on and columns from k_end on are
+// zeros, as their scales are.
+struct Position {
+  int window, row, column, block64;  // block64: the scale's number if blocks were of 64
+  const uint8_t* codes;
+};
+
+constexpr int kStep = kWarps * kWindow;  // columns from one window of a warp to its next
+
+__device__ __forceinline__ Position first_position(const Linear4& call, int tile, int k, int lane) {
+  const int g = lane >> 2, t = lane & 3, row = tile * kTileRows + g, K = int(call.weight.K);
+  return {0, row, k + 32 * t, (row + 8 * (t & 1)) * (K / 64) + k / 64 + (t >> 1),
+          call.weight.packed + int64_t(row) * (K / 2) + k / 2 + 16 * t};
+}
+
+__device__ __forceinline__ void advance(Position& at, const Linear4& call) {
+  const bool same = at.window + 1 < call.windows;
+  const int columns = same ? kStep : -kStep * (call.windows - 1), rows = same ? 0 : kTileRows * int(gridDim.x);
+  const int K = int(call.weight.K);
+  at.window = same ? at.window + 1 : 0;
+  at.row += rows, at.column += columns;
+  at.block64 += rows * (K / 64) + columns / 64;
+  at.codes += int64_t(rows) * (K / 2) + columns / 2;
+}
+
+// Where 16 bytes of a row lie in a stage: rows 2 and 3 modulo 4 have their halves exchanged, so that lanes that read 8
+// bytes of four rows meet in no bank.
+__device__ __forceinline__ int place_in_stage(int row, int chunk) { return row * 64 + ((chunk ^ (row & 2)) * 16); }
+
+// Starts copying a window to a stage; returns which byte of its word the scale's code is.
+template <bool NESTED>
+__device__ __forceinline__ uint32_t fetch_window(const Linear4& call, const Position& at, int k_end, char* stage,
+                                                 int lane) {
+  const int g = lane >> 2, t = lane & 3, K = int(call.weight.K);
+  const bool upper = at.column < k_end && at.row < call.N, lower = at.column < k_end && at.row + 8 < call.N;
+  copy_async<16>(stage + place_in_stage(g, t), at.codes, upper);
+  copy_async<16>(stage + place_in_stage(g, t) + 8 * 64, at.codes + int64_t(8) * (K / 2), lower);
+  return fetch_scale<NESTED>(call.weight, at.block64 >> call.block_shift, call.nested_shift, t & 1 ? lower : upper,
+                             stage + kCodeBytes + 4 * lane);
+}
+
+// What lane 4 g + t needs of a window: of rows g and g + 8, eight bytes in either half.
 struct Window {
-  uint32_t words[kWindow / SPAN][2][SPAN / 32];
-  RawScale scale;
+  uint2 words[2][2];  // [half][row]
 };
 
-// Where a lane's loads begin, for the windows of one batch: rows past N are the last one again.
-struct Source {
-  const uint8_t* rows[2];
-  int block64;  // its scale's number if blocks were of 64
+__device__ __forceinline__ Window read_window(const char* stage, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+  Window window;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      window.words[half][i] =
+          *reinterpret_cast<const uint2*>(stage + place_in_stage(g + 8 * i, 2 * half + (t >> 1)) + 8 * (t & 1));
+  return window;
+}
+
+// Row 8 group + g of x at the columns of those words; it stays in registers from tile to tile.
+template <int GROUPS>
+struct WindowOfX {
+  uint4 eights[2][2][GROUPS];  // [half][word]
 };
 
-template <int SPAN>
-__device__ __forceinline__ Source source(const Linear4& call, int tile, int k, int g, int t) {
-  const int K = int(call.weight.K), last = call.N - 1;
-  const int upper = min(tile * kTileRows + g, last), lower = min(tile * kTileRows + g + 8, last);
-  const uint8_t* from = call.weight.packed + k / 2 + t * (SPAN / 8);
-  return {{from + int64_t(upper) * (K / 2), from + int64_t(lower) * (K / 2)},
-          (t & 1 ? lower : upper) * (K / 64) + k / 64 + (t >> 1)};
-}
-
-// `columns`: how many there are from the batch's first on. Past them a lane keeps what it had: zeros, or codes and a
-// scale of the same rows, which is as good, for x is zero there.
-template <int SPAN, bool NESTED>
-__device__ __forceinline__ void load_window(Window<SPAN>& window, const Linear4& call, const Source& from, int slot,
-                                            int columns, int t) {
+template <typename T, int GROUPS>
+__device__ __forceinline__ void load_x(WindowOfX<GROUPS>& x, const Linear4& call, int k, int k_end, int lane) {
+  const int g = lane >> 2, t = lane & 3;
 #pragma unroll
-  for (int span = 0; span < kWindow / SPAN; ++span) {
-    const int column = slot * kStep + span * SPAN;
-    if (column + t * (SPAN / 4) >= columns) continue;
+  for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t* words = window.words[span][i];
-      if constexpr (SPAN == 128) {
-        const uint4 loaded = __ldcs(reinterpret_cast<const uint4*>(from.rows[i] + column / 2));
-        words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
-      } else {
-        const uint2 loaded = __ldcs(reinterpret_cast<const uint2*>(from.rows[i] + column / 2));
-        words[0] = loaded.x, words[1] = loaded.y;
-      }
-    }
-  }
-  const int block = (from.block64 + slot * (kStep / 64)) >> call.block_shift;
-  if (slot * kStep + 64 * (t >> 1) < columns) window.scale = load_scale<NESTED>(call.weight, block, call.nested_shift);
-}
-
-// sums += W x^T over a window. x: the lane's part of its row of x, at the window's first column.
-//
-// A scale belongs to 64 columns of one row, so products of different blocks must not meet before they are scaled.
-// SPAN 64: the lanes of a row share a block, 8 bytes each, and the tensor core's 8 columns are 8 rows of x.
-// SPAN 128: they read 16 bytes each and hold two blocks; its columns are 4 rows of x once for either block, a lane of
-// the other block giving zeros. Nothing is lost as long as there are no more than 4 rows.
-template <typename T, int SPAN, int GROUPS, bool TABLE>
-__device__ __forceinline__ void multiply_window(float (&sums)[GROUPS][4], const Window<SPAN>& window,
-                                                const DecodeTable& table, const char* pairs,
-                                                const char* const (&x)[GROUPS], float scale, int lane) {
-#pragma unroll
-  for (int span = 0; span < kWindow / SPAN; ++span) {
-    float products[GROUPS][4] = {};
-#pragma unroll
-    for (int word = 0; word < SPAN / 32; ++word) {
-      uint32_t upper[4], lower[4];
-      if constexpr (TABLE) {
-        decode_word(window.words[span][0][word], pairs, 4 * lane, upper);
-        decode_word(window.words[span][1][word], pairs, 4 * lane, lower);
-      } else {
-        decode_word(window.words[span][0][word], table, upper);
-        decode_word(window.words[span][1][word], table, lower);
-      }
+    for (int word = 0; word < 2; ++word)
 #pragma unroll
       for (int group = 0; group < GROUPS; ++group) {
-        const uint4 eight = *reinterpret_cast<const uint4*>(x[group] + span * SPAN * 2 + word * 16);
+        const int column = k + 64 * half + 16 * t + 8 * word, m = 8 * group + g;
+        const T* from = static_cast<const T*>(call.x) + m * call.ldx + column;
+        x.eights[half][word][group] = m < call.M && column < k_end ? *reinterpret_cast<const uint4*>(from) : uint4{};
+      }
+}
+
+// sums += W x^T over a window. A scale belongs to 64 columns of one row, so products of different blocks must not meet
+// before they are scaled.
+template <typename T, int GROUPS>
+__device__ __forceinline__ void multiply_window(float (&sums)[GROUPS][4], const Window& window,
+                                                const WindowOfX<GROUPS>& x, const char* pairs, float scale, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float products[GROUPS][4] = {};
+#pragma unroll
+    for (int word = 0; word < 2; ++word) {
+      uint32_t upper[4], lower[4];
+      decode_word(word ? window.words[half][0].y : window.words[half][0].x, pairs, 4 * lane, upper);
+      decode_word(word ? window.words[half][1].y : window.words[half][1].x, pairs, 4 * lane, lower);
+#pragma unroll
+      for (int group = 0; group < GROUPS; ++group) {
+        const uint4& eight = x.eights[half][word][group];
         matrix_multiply_add<T>(products[group], upper[0], lower[0], upper[1], lower[1], eight.x, eight.y);
         matrix_multiply_add<T>(products[group], upper[2], lower[2], upper[3], lower[3], eight.z, eight.w);
       }
     }
-    // the lanes that hold the scales of this lane's two rows and its block
-    const int holder = (lane & ~3) + (SPAN == 128 ? lane & 2 : 2 * span);
+    // the lanes that hold the scales of this lane's two rows
+    const int holder = (lane & ~3) + 2 * half;
     const float scales[2] = {__shfl_sync(~0u, scale, holder), __shfl_sync(~0u, scale, holder + 1)};
 #pragma unroll
     for (int group = 0; group < GROUPS; ++group)

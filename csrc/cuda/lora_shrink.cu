@@ -7,61 +7,42 @@ namespace peft_kernels {
 
 // Eight columns a thread: K = 4096 in one go, because the kernel beside this one soon waits for it.
 constexpr int kShrinkThreads = 512;
-constexpr int kRowsAtOnce = 4;  // rows of x that are waited for together
+#ifndef PK_SHRINK_ROWS
+#define PK_SHRINK_ROWS 4
+#endif
+constexpr int kShrinkRows = PK_SHRINK_ROWS;  // rows of x that a block multiplies
 
-template <typename T>
-__device__ __forceinline__ void load_eight(const void* from, int64_t i, float (&values)[8]) {
-  const uint4 loaded = *reinterpret_cast<const uint4*>(static_cast<const T*>(from) + i);
-  const uint32_t pairs[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
-#pragma unroll
-  for (int j = 0; j < 8; ++j) values[j] = half_of_pair<T>(pairs[j / 2], j % 2);
-}
-
-template <>
-__device__ __forceinline__ void load_eight<float>(const void* from, int64_t i, float (&values)[8]) {
-#pragma unroll
-  for (int j = 0; j < 8; j += 4) {
-    const uint4 loaded = *reinterpret_cast<const uint4*>(static_cast<const float*>(from) + i + j);
-    values[j] = __uint_as_float(loaded.x), values[j + 1] = __uint_as_float(loaded.y);
-    values[j + 2] = __uint_as_float(loaded.z), values[j + 3] = __uint_as_float(loaded.w);
-  }
-}
-
-// Block r: column r of S.
+// Block (r, i): column r of S, its rows from kShrinkRows * i on. While a block is resident, the next kernel's cannot be
+// beside it, so there are many short ones.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kShrinkThreads)
     lora_shrink_kernel(const T* x, int M, int64_t K, int64_t ldx, const A* a, int rank, float* s) {
   let_next_kernel_start();
-  __shared__ float partials[kShrinkThreads / kWarp][kMostRows];
-  const int r = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  float sums[kMostRows] = {};
+  __shared__ float partials[kShrinkThreads / kWarp][kShrinkRows];
+  const int r = blockIdx.x, m0 = kShrinkRows * blockIdx.y, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float sums[kShrinkRows] = {};
   for (int64_t k = 8 * threadIdx.x; k < K; k += 8 * kShrinkThreads) {
-    float right[8];
+    float right[8], left[kShrinkRows][8];  // rows past M are the last one again; their sums go nowhere
     load_eight<A>(a, r * K + k, right);
 #pragma unroll
-    for (int m0 = 0; m0 < kMostRows; m0 += kRowsAtOnce) {
-      if (m0 >= M) break;
-      float left[kRowsAtOnce][8];  // rows past M are the last one again; their sums go nowhere
+    for (int m = 0; m < kShrinkRows; ++m) load_eight<T>(x, min(m0 + m, M - 1) * ldx + k, left[m]);
 #pragma unroll
-      for (int m = 0; m < kRowsAtOnce; ++m) load_eight<T>(x, min(m0 + m, M - 1) * ldx + k, left[m]);
+    for (int m = 0; m < kShrinkRows; ++m)
 #pragma unroll
-      for (int m = 0; m < kRowsAtOnce; ++m)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sums[m0 + m] = fmaf(left[m][j], right[j], sums[m0 + m]);
-    }
+      for (int j = 0; j < 8; ++j) sums[m] = fmaf(left[m][j], right[j], sums[m]);
   }
 #pragma unroll
-  for (int m = 0; m < kMostRows; ++m) {
+  for (int m = 0; m < kShrinkRows; ++m) {
 #pragma unroll
     for (int other = kWarp / 2; other > 0; other /= 2) sums[m] += __shfl_xor_sync(~0u, sums[m], other);
     if (lane == 0) partials[warp][m] = sums[m];
   }
   __syncthreads();
   const int m = threadIdx.x;
-  if (m >= M) return;
+  if (m >= kShrinkRows || m0 + m >= M) return;
   float sum = 0;
   for (int w = 0; w < kShrinkThreads / kWarp; ++w) sum += partials[w][m];
-  s[m * rank + r] = sum;
+  s[(m0 + m) * rank + r] = sum;
 }
 
 namespace {
@@ -70,8 +51,8 @@ template <typename T>
 void run(uintptr_t stream, const void* x, int M, int64_t K, int64_t ldx, const void* a, DType a_dtype, int rank,
          float* s) {
   const auto start = [=](auto kernel, auto* a) {
-    launch(kernel, dim3(unsigned(rank)), kShrinkThreads, 0, stream, false, static_cast<const T*>(x), M, K, ldx, a, rank,
-           s);
+    const dim3 grid(unsigned(rank), unsigned((M + kShrinkRows - 1) / kShrinkRows));
+    launch(kernel, grid, kShrinkThreads, 0, stream, false, static_cast<const T*>(x), M, K, ldx, a, rank, s);
   };
   if (a_dtype == DType::F32) start(lora_shrink_kernel<T, float>, static_cast<const float*>(a));
   if (a_dtype == DType::F16) start(lora_shrink_kernel<T, __half>, static_cast<const __half*>(a));

@@ -12,7 +12,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <vector>
 
 #include "cpu/dtype.h"
 
@@ -47,13 +49,12 @@ struct Message {
 const Message* warp_exchange(const Message& mine);
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kernel);
 
-template <typename T>
-const T* aligned(const T* from) {
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(T)) {
-    std::fprintf(stderr, "misaligned access of %zu bytes\n", sizeof(T));
-    std::abort();
-  }
-  return from;
+// The groups of copies that the running thread has started and not waited for; the last one has not ended.
+std::deque<std::vector<std::function<void()>>>& copies();
+
+[[noreturn]] inline void misaligned(size_t bytes) {
+  std::fprintf(stderr, "misaligned access of %zu bytes\n", bytes);
+  std::abort();
 }
 
 template <typename T>
@@ -75,10 +76,7 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::shuffle(value, int(threadIdx.x % 32) ^ mask);
 }
-template <typename T>
-T __ldcs(const T* from) {
-  return *emulation::aligned(from);
-}
+inline void __syncwarp() { emulation::warp_exchange({}); }
 inline int min(int a, int b) { return std::min(a, b); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -87,11 +85,7 @@ inline float __uint_as_float(uint32_t bits) { return peft_kernels::bits_float(bi
 
 // The runtime library: one device, whose sizes the tests choose.
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidDevice };
-enum cudaDeviceAttr {
-  cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-  cudaDevAttrMultiProcessorCount
-};
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {

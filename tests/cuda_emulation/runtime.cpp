@@ -33,6 +33,7 @@ struct Fibre {
   const int* watched = nullptr;  // the fibre waits while this is still `seen`
   int seen = 0;
   bool done = false;
+  std::deque<std::vector<std::function<void()>>> copies;
 };
 
 struct Device {
@@ -72,6 +73,7 @@ void run_block(std::vector<Fibre>& fibres, std::vector<char>& stacks) {
     makecontext(&fibres[i].context, start, 0);
     fibres[i].done = false;
     fibres[i].watched = nullptr;
+    fibres[i].copies.assign(1, {});
   }
   std::vector<size_t> order(fibres.size());
   std::iota(order.begin(), order.end(), 0);
@@ -99,6 +101,8 @@ void run_block(std::vector<Fibre>& fibres, std::vector<char>& stacks) {
 }
 
 }  // namespace
+
+std::deque<std::vector<std::function<void()>>>& copies() { return running->copies; }
 
 void block_barrier() { wait(whole_block, int(blockDim.x)); }
 

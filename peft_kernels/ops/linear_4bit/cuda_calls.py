@@ -1,10 +1,8 @@
-"""`linear_4bit` in CUDA C++: the forward pass of at most 16 rows, with an adapter's part where there is one.
-
-The kernels were compiled for sm_80, sm_90a and sm_100 and emulated on the CPU; they have not run on a device yet.
-"""
+"""`linear_4bit` in CUDA C++: the forward pass of at most 16 rows, with an adapter's part where there is one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +14,17 @@ from ..nf4.native_calls import native_weight
 
 MOST_ROWS = 16  # csrc/cuda/linear_4bit.h
 
-# How codes become values: by a table in shared memory rather than by byte permutes. Predicted by bench/model.py, not
-# measured: permutes are integer instructions, of which a multiprocessor issues half as many as of others.
-BY_TABLE = True
 
-# (S (M, rank) float32, B (N, rank), scaling): what `forward` adds before the one rounding.
-Term = tuple[torch.Tensor, torch.Tensor, float]
+def why_not_call(x: torch.Tensor, weight: Weight4bit, differentiated: bool) -> str | None:
+    """Why the kernels do not serve a call with such tensors, or None; None too where they were not built."""
+    if differentiated:
+        return "its CUDA kernels have no backward pass"
+    if x.numel() > MOST_ROWS * weight.shape[1]:
+        return f"its CUDA kernels serve at most {MOST_ROWS} rows"
+    if weight.layout != "bnb":
+        return "its CUDA kernels read bitsandbytes' layout only"
+    reason = native.has_cuda() and native.cuda_core().linear_4bit_unsupported(native_weight(weight))
+    return f"its CUDA kernels do not serve this weight: {reason}" if reason else None
 
 
 def refusal(what: str) -> BackendError:
@@ -32,25 +35,49 @@ def refusal(what: str) -> BackendError:
     )
 
 
-def forward(
+def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> torch.Tensor:
+    """y (M, N) = x W^T + b. Capturable: memory comes from torch, nothing waits."""
+    view, x, place = checked_weight(weight), checked_rows(x), native.cuda_place(x.device)
+    return _multiply(place, x, view, weight.shape[0], bias, None, None, 0.0)
+
+
+def forward_adapted(
     x: torch.Tensor,
     weight: Weight4bit,
     bias: torch.Tensor | None,
-    term: Term | None = None,
-    by_table: bool = BY_TABLE,
+    lora_A: Sequence[torch.Tensor],
+    lora_B: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (M, N) = x W^T + b + sum of scaling S B^T, S (M, sum r) float32; several adapters are one, side by side."""
+    view, x, place = checked_weight(weight), checked_rows(x), native.cuda_place(x.device)
+    parts = [_shrink(place, x, a) for a in lora_A]
+    if len(parts) == 1:
+        s, right, scale = parts[0], lora_B[0], scaling[0]
+    else:
+        scaled = [b.float() * s_i for b, s_i in zip(lora_B, scaling, strict=True)]
+        s, right, scale = torch.cat(parts, dim=1), torch.cat(scaled, dim=1), 1.0
+    return _multiply(place, x, view, weight.shape[0], bias, s, right.contiguous(), scale), s
+
+
+def _multiply(
+    place: tuple[int, int],
+    x: torch.Tensor,
+    view: Any,
+    n: int,
+    bias: torch.Tensor | None,
+    s: torch.Tensor | None,
+    b: torch.Tensor | None,
+    scaling: float,
 ) -> torch.Tensor:
-    """y (M, N) = x W^T + b + scaling S B^T. Capturable: memory comes from torch, nothing waits."""
-    core, view, x = native.cuda_core(), checked_weight(weight), checked_rows(x)
-    (m, k), n = x.shape, weight.shape[0]
-    index, stream = native.cuda_place(x.device)
+    """y (M, N) = x W^T + bias + scaling S B^T."""
+    core, (m, k) = native.cuda_core(), x.shape
     y = x.new_empty((m, n))
-    splits = core.linear_4bit_splits(index, m, k, by_table)
+    splits = core.linear_4bit_splits(m, k)
     planes = None if splits == 1 else x.new_empty((splits, m, n), dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
-    s, b, scaling = (None, None, 0.0) if term is None else (term[0], term[1].contiguous(), term[2])
     core.linear_4bit_decode(
-        index,
-        stream,
+        *place,
         x.data_ptr(),
         native.dtype_code(x.dtype),
         m,
@@ -65,20 +92,19 @@ def forward(
         scaling,
         y.data_ptr(),
         0 if planes is None else planes.data_ptr(),
-        by_table,
     )
     return y
 
 
-def shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+def _shrink(place: tuple[int, int], x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """S (M, rank) float32 = x A^T."""
-    x, a = checked_rows(x), aligned(a.contiguous())
+    a = aligned(a)
     (m, k), rank = x.shape, a.shape[0]
+    if a.stride(0) != k:
+        a = a.contiguous()
     s = x.new_empty((m, rank), dtype=torch.float32)
-    index, stream = native.cuda_place(x.device)
     native.cuda_core().lora_shrink_decode(
-        index,
-        stream,
+        *place,
         x.data_ptr(),
         native.dtype_code(x.dtype),
         m,

@@ -21,12 +21,13 @@ Term = tuple
 
 _scratch = threading.local()
 
-why_not_unasked = native.why_not_unasked
-
 
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why the native core cannot serve such tensors."""
     return (native.why_not_cuda if device.type == "cuda" else native.why_not_tensors)(device, dtypes)
+
+
+why_not_call = cuda_calls.why_not_call
 
 
 def fused_forward(m: int, dtype: torch.dtype, weight: Weight4bit) -> bool:

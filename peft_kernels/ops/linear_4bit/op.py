@@ -42,10 +42,11 @@ def linear_4bit(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None =
     check_bias(bias, weight.shape[0], x.device)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    backend = dispatch.choose("linear_4bit", x.device, (x.dtype,))
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    backend = dispatch.choose("linear_4bit", x.device, (x.dtype,), call=(x, weight, differentiated))
     if backend == "reference":
         return reference.linear_4bit(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if differentiated:
         if torch.compiler.is_compiling():
             return _Linear4bit.apply((None, weight.meta(), backend), x, bias, *weight.parts())
         return _Linear4bit.apply((weight, None, backend), x, bias)

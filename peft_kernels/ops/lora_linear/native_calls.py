@@ -19,7 +19,13 @@ def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None
     return base.why_not(device, dtypes)
 
 
-why_not_unasked = native.why_not_unasked
+def why_not_call(
+    x: torch.Tensor, weight: torch.Tensor | Weight4bit, differentiated: bool, dropout_p: Sequence[float]
+) -> str | None:
+    """Why the CUDA kernels do not serve a call with such tensors, or None."""
+    if not isinstance(weight, Weight4bit):
+        return "its CUDA kernels serve no dense weight"
+    return "its CUDA kernels have no dropout" if any(dropout_p) else base.why_not_call(x, weight, differentiated)
 
 
 def forward(
@@ -67,17 +73,10 @@ def _forward_cuda(
     scaling: Sequence[float],
     dropout_p: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in CUDA C++; several adapters are one, side by side."""
+    """The same in CUDA C++."""
     if any(dropout_p) or not isinstance(weight, Weight4bit):
         raise cuda_calls.refusal("dropout" if any(dropout_p) else "a dense one")
-    cuda_calls.checked_weight(weight)
-    parts = [cuda_calls.shrink(x, a) for a in lora_A]
-    if len(parts) == 1:
-        s, right, scale = parts[0], lora_B[0], scaling[0]
-    else:
-        scaled = [b.float() * s_i for b, s_i in zip(lora_B, scaling, strict=True)]
-        s, right, scale = torch.cat(parts, dim=1), torch.cat(scaled, dim=1), 1.0
-    return cuda_calls.forward(x, weight, bias, (s, right, scale)), s
+    return cuda_calls.forward_adapted(x, weight, bias, lora_A, lora_B, scaling)
 
 
 def backward(

@@ -73,15 +73,18 @@ def lora_linear(
         x = x.to(torch.get_autocast_dtype(device.type))
         weight = weight.to(x.dtype) if isinstance(weight, torch.Tensor) else weight
     tensors = [*adapters.lora_A, *adapters.lora_B]
-    backend = dispatch.choose("lora_linear", device, (x.dtype, *[t.dtype for t in tensors]))
+    base = weight if isinstance(weight, torch.Tensor) else weight.packed
+    learned = (x, bias, base, *tensors, *adapters.lora_bias)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
+    call = x, weight, differentiated, adapters.dropout_p
+    backend = dispatch.choose("lora_linear", device, (x.dtype, *[t.dtype for t in tensors]), call=call)
     seeds = draw_seeds(adapters.dropout_p, device)
     if backend == "reference":
         return reference.with_seeds(x, weight, adapters, bias, seeds)
     bias = adapters.add_bias(bias)
-    base = weight if isinstance(weight, torch.Tensor) else weight.packed
     observed = dispatch.observed(x, bias, base, *tensors)
     adapter_args = adapters.scaling, adapters.dropout_p, seeds, backend
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, base, *tensors)):
+    if differentiated:
         as_parts = isinstance(weight, torch.Tensor) or torch.compiler.is_compiling()
         parts, meta = split_base(weight) if as_parts else ([], [])
         static = (None if parts else weight, len(parts), meta, observed, adapters.scaling, adapters.dropout_p, backend)

@@ -7,18 +7,6 @@
 
 namespace peft_kernels {
 
-inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
-  const uint64_t bytes = uint64_t(b) << 32 | a;
-  uint32_t chosen = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t nibble = selector >> 4 * i & 0xf;
-    uint32_t byte = bytes >> 8 * (nibble & 7) & 0xff;
-    if (nibble & 8) byte = byte & 0x80 ? 0xff : 0;  // the top bit asks for the sign, which nobody here wants
-    chosen |= byte << 8 * i;
-  }
-  return chosen;
-}
-
 inline float value_of(__half, uint16_t bits) { return f16_to_f32(bits); }
 inline float value_of(__nv_bfloat16, uint16_t bits) { return bf16_to_f32(bits); }
 
@@ -42,6 +30,24 @@ void matrix_multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, u
   }
 }
 
+// The bytes arrive when they are waited for, and no sooner.
+template <int BYTES>
+void copy_async(void* to, const void* from, bool there) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % BYTES) emulation::misaligned(BYTES);
+  emulation::copies().back().push_back([=] {
+    if (there) std::memcpy(to, from, BYTES);
+    if (!there) std::memset(to, 0, BYTES);
+  });
+}
+inline void end_of_copies() { emulation::copies().emplace_back(); }
+template <int LEFT>
+void wait_for_copies() {
+  auto& groups = emulation::copies();
+  for (; groups.size() > LEFT + 1; groups.pop_front())  // the last one has not ended
+    for (const auto& copy : groups.front()) copy();
+}
+
+inline void prefetch(const void*) {}
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 
