@@ -9,7 +9,7 @@ from triton_support import DEVICE, HALVES, Traffic, seed
 
 import peft_kernels as pk
 from peft_kernels.ops.bottleneck_adapter.activations import ACTIVATIONS
-from peft_kernels.ops.bottleneck_adapter.triton_backward import column_products
+from peft_kernels.ops.bottleneck_adapter.triton_columns import column_products
 from peft_kernels.ops.bottleneck_adapter.triton_kernels import backward, forward
 from peft_kernels.testing import assert_within_budget
 from peft_kernels.triton_common import interpreting
@@ -102,6 +102,7 @@ UNEVEN = {
     "one-outlier": lambda x: x[..., 5].fill_(500.0),
     "tiny": lambda x: x.mul_(1e-5),
     "large": lambda x: x.mul_(5e3),
+    "far-from-zero": lambda x: x.add_(200.0),
 }
 
 
@@ -177,7 +178,8 @@ def test_column_products_drop_what_the_forward_pass_drops(poison):
     ones = torch.ones(rows, columns, device=DEVICE)
     expand_add(mask, LowRank(ones[:, :1], ones[:1], 1.0, 0.3, key))
     t, gate = torch.randn(rows, 5, device=DEVICE), torch.rand(rows, device=DEVICE)
-    products, sums = column_products(ones, t, FP32, None, gate, 0.3, key)
+    planes, sums, _ = column_products(ones, t, FP32, None, gate, 0.3, key)
+    products, sums = planes.sum(0).t(), sums.sum(0)
     assert_within_budget(products, t.double().t() @ mask.double(), t.t() @ mask)
     assert_within_budget(sums, gate.double() @ mask.double(), gate @ mask)
 
@@ -199,28 +201,37 @@ def traffic_case(norm, added):
 @pytest.mark.parametrize("added", ["none", "x", "other"])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_forward_moves_every_byte_once(norm, added):
-    """x once, and once more where it is the residual; y once; parameters once in each of the two programs."""
+    """x once, and once more where it is the residual; y once; parameters once in each of the two programs.
+
+    With layer norm these read what `fold_norm` makes of Wd, its bias and the norm's parameters.
+    """
     tensors, shared = traffic_case(norm, added)
+    rank, k = tensors["down"].shape
     with Traffic() as moved:
         y, z, stats = forward(tensors["x"], tensors.get("residual"), *shared, True)
     del tensors["dy"]
     expected = dict.fromkeys(tensors, 2) | {"gate": 1, "x": 2 if added == "x" else 1}
     expected |= {"residual": 1} if added == "other" else {}
-    assert moved.times("loaded", **tensors) == expected | {"elsewhere": 0}
+    expected |= {"down_bias": 1, "ln_weight": 2 * rank, "ln_bias": rank} if norm else {}
+    folded = rank * k + 3 * rank if norm else 0
+    assert moved.times("loaded", **tensors) == expected | {"elsewhere": 2 * folded}
     results = {"y": y, "z": z} | ({"stats": stats} if norm else {})
-    assert moved.times("stored", **results) == dict.fromkeys(results, 1) | {"elsewhere": 0}
+    assert moved.times("stored", **results) == dict.fromkeys(results, 1) | {"elsewhere": folded}
 
 
 @pytest.mark.skipif(not interpreting(), reason="the interpreter tells what is accessed")
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 def test_backward_reads_each_matrix_once_a_kernel(norm):
-    """By rows: dY, and again where it is x's gradient too, and x for LN's; by columns: dY and x for the weights."""
+    """By rows: dY, and again where it is x's gradient too, and x for LN's; by columns: dY and x for the weights.
+
+    A weight once in each of the two programs, and for the gradients of the channels' factors and of the norm.
+    """
     tensors, shared = traffic_case(norm, "x")
     x, dy = tensors["x"], tensors["dy"]
     _, z, stats = forward(x, None, *shared, True)
     with Traffic() as moved:
         dx = backward(dy, x, z, stats, *shared, x.dtype, [True, *[True] * 4, *[norm] * 2, True, True])[0]
-    expected = {"dy": 3, "x": 1 + norm, "z": 1, "down": 2, "up": 2}
+    expected = {"dy": 3, "x": 1 + norm, "z": 1, "down": 2 + 2 * norm, "up": 3}
     found = moved.times("loaded", **{name: tensors.get(name, z) for name in expected})
     del found["elsewhere"]  # the partial sums, and vectors
     assert found == expected

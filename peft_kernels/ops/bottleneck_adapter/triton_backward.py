@@ -1,31 +1,28 @@
-"""The backward kernels: one over rows (dZ, dX, the gate's gradient), one over columns for the weight gradients."""
+"""The backward kernel over rows: dZ, dX and the gate's gradient."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from ...triton_common.activation import activate
 from ...triton_common.device import dot_wide, dropout_keep
-from ...triton_common.launch import launch, target
-from ...triton_common.lowrank import block_r, dropout_arguments
-from ...triton_common.planes import split_count, sum_planes
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _bottleneck_bwd_kernel(
-    dy_ptr, x_ptr, z_ptr, stats_ptr, down_ptr, up_ptr, up_bias_ptr, ln_weight_ptr, hidden_sum_ptr, hidden_bias_ptr,
+    dy_ptr, x_ptr, z_ptr, stats_ptr, down_ptr, up_ptr, up_bias_ptr, ln_weight_ptr, norm_sums_ptr,
     channel_ptr, gate_ptr, dx_ptr, dz_ptr, hidden_ptr, dgate_ptr, seed_ptr, M, K, N, rank, scaling, threshold,
     stride_ym, stride_xm, stride_dr, stride_un,
     ADD_X: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
     DOWN_PIECES: tl.constexpr, UP_PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, RANKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dz (M, rank) = s act'(z) ((mask * dY) Wu), hidden = gate act(z), dx = LN'(dz Wd) [+ dY], dgate (M,).
 
     scaling includes the dropout's 1 / (1 - p). The sums over K of LN' come from sums over the rank:
-    sum_k (dz Wd)_k w_k = dz . hidden_sum and sum_k (dz Wd)_k w_k xhat_k = dz . (z - hidden_bias).
+    sum_k (dz Wd)_k w_k = dz . sum_k w_k Wd_k and sum_k (dz Wd)_k w_k xhat_k = dz . (z - z at xhat = 0).
     The rank lies in RANKS tiles of BLOCK_R: of z, hidden and its slope a program holds one at a time, of dz all.
     """
     m0 = tl.program_id(0) * BLOCK_M
@@ -76,10 +73,10 @@ def _bottleneck_bwd_kernel(
         if dz_ptr is not None:
             tl.store(dz_ptr + of_rank, dz, mask=in_rank)
         if hidden_ptr is not None:
-            tl.store(hidden_ptr + of_rank, value, mask=in_rank)
+            tl.store(hidden_ptr + of_rank, value.to(hidden_ptr.dtype.element_ty), mask=in_rank)
         if ln_weight_ptr is not None:
-            hidden_sum = tl.load(hidden_sum_ptr + ri, mask=ri < rank, other=0.0)
-            hidden_bias = tl.load(hidden_bias_ptr + ri, mask=ri < rank, other=0.0)
+            hidden_sum = tl.load(norm_sums_ptr + rank + ri, mask=ri < rank, other=0.0)
+            hidden_bias = tl.load(norm_sums_ptr + 2 * rank + ri, mask=ri < rank, other=0.0)
             c1 += tl.sum(dz * hidden_sum[None, :], 1) / K
             c2 += tl.sum(dz * (z - hidden_bias[None, :]), 1) / K
         dzs += (dz.to(down_ptr.dtype.element_ty) if DOWN_PIECES == 1 else dz,)  # type: ignore[assignment]
@@ -90,8 +87,11 @@ def _bottleneck_bwd_kernel(
         if ln_weight_ptr is not None:
             mean = tl.load(stats_ptr + m, mask=m < M, other=0.0)
             inverse_std = tl.load(stats_ptr + M + m, mask=m < M, other=0.0)
-        for k0 in range(0, K, BLOCK):
-            k = k0 + c
+        last = (tl.cdiv(K, BLOCK) - 1) * BLOCK
+        # From the end: where dY is x's gradient too, that part of it is still in the L2 cache. num_stages here has x
+        # and dY fetched ahead too, which otherwise only the operands of a product are.
+        for back in tl.range(0, K, BLOCK, num_stages=STAGES):
+            k = last - back + c
             k_in = k < K
             inside = m_in & k_in[None, :]
             dx = tl.zeros([BLOCK_M, BLOCK], tl.float32)
@@ -107,95 +107,4 @@ def _bottleneck_bwd_kernel(
                 dx = (dx - c1[:, None] - xhat * c2[:, None]) * inverse_std[:, None]
             if ADD_X:
                 dx += tl.load(dy_ptr + k[None, :], mask=inside, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + row * K + k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
-
-
-def column_products(
-    v: torch.Tensor,
-    t: torch.Tensor,
-    dtype: torch.dtype,
-    stats: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
-    p: float = 0.0,
-    seed: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """t^T f(v) (r, C) and the gate-weighted column sums of f(v) (C,), float32; f: (v - mean) / std, then dropout.
-
-    v: (M, C), t: (M, r) float32, dtype: that of the weight, in which the product is rounded.
-    """
-    (m, columns), rank, on = v.shape, t.shape[1], target(v.device)
-    pieces = 1 if dtype.itemsize == 2 else 3 if v.dtype == torch.bfloat16 and stats is None else 6
-    block_m, block_c = (64, 128) if pieces == 1 else (32, 64)
-    tile_r = block_r(rank) if pieces == 1 else 16
-    grid = (triton.cdiv(columns, block_c), triton.cdiv(rank, tile_r))
-    steps = triton.cdiv(m, block_m)
-    most = max(1, v.numel() * v.element_size() // (32 * columns * rank))  # planes of at most an eighth of v's bytes
-    m_per_split = triton.cdiv(steps, split_count(grid[0] * grid[1], steps, most, on)) * block_m
-    splits = triton.cdiv(m, m_per_split)
-    planes = torch.empty((splits, rank, columns), dtype=torch.float32, device=v.device)
-    sums = torch.empty((splits, columns), dtype=torch.float32, device=v.device)
-    dropout = dropout_arguments(p, seed)
-    scale = dropout.pop("inverse_keep")
-    launch(
-        _bottleneck_columns_kernel,
-        (*grid, splits),
-        v.device,
-        v_ptr=v,
-        t_ptr=t,
-        stats_ptr=stats,
-        gate_ptr=gate,
-        out_ptr=planes,
-        sums_ptr=sums,
-        M=m,
-        C=columns,
-        rank=rank,
-        m_per_split=m_per_split,
-        stride_vm=v.stride(0),
-        **dropout,
-        OPERAND={torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype],
-        PIECES=pieces,
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        BLOCK_R=tile_r,
-        num_warps=8 if pieces == 1 else 4,
-        num_stages=2 if on.kind == "hip" else 3,
-    )
-    return sum_planes(planes, torch.empty_like(planes[0]), scale), sum_planes(sums, torch.empty_like(sums[0]), scale)
-
-
-@triton.jit(do_not_specialize=["threshold"])
-def _bottleneck_columns_kernel(
-    v_ptr, t_ptr, stats_ptr, gate_ptr, out_ptr, sums_ptr, seed_ptr, M, C, rank, m_per_split, threshold, stride_vm,
-    DROPOUT: tl.constexpr, OPERAND: tl.constexpr, PIECES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """out[split] (rank, C) = t^T f(v) and sums[split] (C,) over the split's part of the rows."""
-    c0 = tl.program_id(0) * BLOCK_C
-    split = tl.program_id(2)
-    c = c0 + tl.arange(0, BLOCK_C)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    acc = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
-    sums = tl.zeros([BLOCK_C], tl.float32)
-    for m0 in range(split * m_per_split, tl.minimum(M, (split + 1) * m_per_split), BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        row = m.to(tl.int64)[:, None]
-        m_in = (m < M)[:, None]
-        v = tl.load(v_ptr + row * stride_vm + c[None, :], mask=m_in & (c < C)[None, :], other=0.0)
-        t = tl.load(t_ptr + row * rank + r[None, :], mask=m_in & (r < rank)[None, :], other=0.0)
-        if stats_ptr is not None:
-            mean = tl.load(stats_ptr + m, mask=m < M, other=0.0)
-            inverse_std = tl.load(stats_ptr + M + m, mask=m < M, other=0.0)
-            v = (v.to(tl.float32) - mean[:, None]) * inverse_std[:, None]
-        if DROPOUT:
-            v = tl.where(dropout_keep(seed_ptr, threshold, m0, c0, BLOCK_M, BLOCK_C), v, 0.0).to(v.dtype)
-        weighted = v.to(tl.float32)
-        if gate_ptr is not None:
-            weighted *= tl.load(gate_ptr + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
-        sums += tl.sum(weighted, 0)
-        if PIECES == 1:
-            v = v.to(OPERAND)
-        acc = dot_wide(tl.trans(v), t, acc, PIECES)
-    out_ptr += (split.to(tl.int64) * rank + r)[None, :] * C + c[:, None]
-    tl.store(out_ptr, acc, mask=(c < C)[:, None] & (r < rank)[None, :])
-    if tl.program_id(1) == 0:
-        tl.store(sums_ptr + split.to(tl.int64) * C + c, sums, mask=c < C)
+            tl.store(dx_ptr + row * K + k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")

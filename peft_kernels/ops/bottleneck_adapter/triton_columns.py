@@ -1,0 +1,261 @@
+"""The weight gradients: one kernel sums over parts of the rows, another adds the parts and finishes the gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ...triton_common.device import dot_wide, dropout_keep
+from ...triton_common.launch import Target, launch, target
+from ...triton_common.lowrank import block_r, dropout_arguments
+from ...triton_common.planes import split_count
+
+
+class Products(NamedTuple):
+    """Parts by rows, float32: f(v)^T t (splits, C, r), and where wanted sums of f(v) (splits, C), of t (splits, r)."""
+
+    planes: torch.Tensor
+    sums: torch.Tensor | None
+    t_sums: torch.Tensor | None
+
+
+def column_products(
+    v: torch.Tensor,
+    t: torch.Tensor,
+    dtype: torch.dtype,
+    stats: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    sums: bool = True,
+    by_column: bool = True,
+) -> Products:
+    """t^T f(v) and, if sums, the gate-weighted column sums of f(v), f: (v - mean) / std, then dropout.
+
+    v: (M, C), t: (M, r), dtype: that of the weight, in which the product is rounded. by_column: the products of a
+    column lie together, as those of Wu do; else those of a row, as Wd's, and t is summed too.
+    """
+    (m, columns), rank, on = v.shape, t.shape[1], target(v.device)
+    pieces = 1 if dtype.itemsize == 2 else 3 if v.dtype == torch.bfloat16 and stats is None else 6
+    tile = _tile(pieces, rank, on)
+    grid = (triton.cdiv(columns, tile["BLOCK_C"]), triton.cdiv(rank, tile["BLOCK_R"]))
+    steps = triton.cdiv(m, tile["BLOCK_M"])
+    most = max(1, v.numel() * v.element_size() // (32 * columns * rank))  # planes of at most an eighth of v's bytes
+    m_per_split = triton.cdiv(steps, split_count(grid[0] * grid[1], steps, most, on)) * tile["BLOCK_M"]
+    splits = triton.cdiv(m, m_per_split)
+    shape = (splits, columns, rank) if by_column else (splits, rank, columns)
+    planes = torch.empty(shape, dtype=torch.float32, device=v.device)
+    column_sums = torch.empty((splits, columns), dtype=torch.float32, device=v.device) if sums else None
+    t_sums = None if by_column else torch.empty((splits, rank), dtype=torch.float32, device=v.device)
+    planes = planes if by_column else planes.mT
+    launch(
+        _bottleneck_columns_kernel,
+        (*grid, splits),
+        v.device,
+        v_ptr=v,
+        t_ptr=t,
+        stats_ptr=stats,
+        gate_ptr=gate,
+        out_ptr=planes,
+        sums_ptr=column_sums,
+        t_sums_ptr=t_sums,
+        M=m,
+        C=columns,
+        rank=rank,
+        m_per_split=m_per_split,
+        stride_vm=v.stride(0),
+        stride_oc=planes.stride(1),
+        stride_or=planes.stride(2),
+        **dropout_arguments(p, seed),
+        FOLDED=stats is not None and pieces == 1 and v.dtype == dtype,
+        OPERAND={torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype],
+        PIECES=pieces,
+        # what the threads of one pass over a tile hold, 16 bytes each: sums over the rest take no other thread
+        ROWS=min(tile["BLOCK_M"], 512 * tile["num_warps"] // (tile["BLOCK_C"] * v.element_size())),
+        T_ROWS=min(tile["BLOCK_M"], 512 * tile["num_warps"] // (tile["BLOCK_R"] * t.element_size())),
+        STAGES=tile["num_stages"],
+        **tile,
+    )
+    return Products(planes, column_sums, t_sums)
+
+
+def _tile(pieces: int, rank: int, on: Target) -> dict[str, int]:
+    """Set from compiled objects (no spills, shared memory), not measured."""
+    block_m, block_c = (64, 128) if pieces == 1 else (32, 64)
+    if on.arch == 100:  # more would spill
+        block_m //= 2
+    tile_r, warps = (block_r(rank), 8) if pieces == 1 else (16, 4)
+    stages = 2 if on.kind == "hip" else 3
+    return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": tile_r, "num_warps": warps, "num_stages": stages}
+
+
+@triton.jit
+def _part_sums(x, ROWS: tl.constexpr):
+    """Sums over every ROWS-th row of a tile."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // ROWS, ROWS, x.shape[1]]), 0)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _bottleneck_columns_kernel(
+    v_ptr, t_ptr, stats_ptr, gate_ptr, out_ptr, sums_ptr, t_sums_ptr, seed_ptr, M, C, rank, m_per_split, threshold,
+    inverse_keep, stride_vm, stride_oc, stride_or,
+    DROPOUT: tl.constexpr, FOLDED: tl.constexpr, OPERAND: tl.constexpr, PIECES: tl.constexpr,
+    ROWS: tl.constexpr, T_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[split] (C, rank) = f(v)^T t, sums[split] (C,) and t_sums[split] (rank,) over the split's part of the rows.
+
+    FOLDED: v goes to the tensor cores as it is, f(v)^T t = v^T (t / std) - sum of mean t / std, of the rounded t / std.
+    """
+    c0 = tl.program_id(0) * BLOCK_C
+    split = tl.program_id(2).to(tl.int64)
+    c = c0 + tl.arange(0, BLOCK_C)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
+    sums = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    t_sums = tl.zeros([T_ROWS, BLOCK_R], tl.float32)
+    of_mean = tl.zeros([T_ROWS, BLOCK_R], tl.float32)
+    begin = tl.program_id(2) * m_per_split
+    # num_stages here has the statistics fetched ahead too, which otherwise only the operands of a product are
+    for m0 in tl.range(begin, tl.minimum(M, begin + m_per_split), BLOCK_M, num_stages=STAGES):
+        m = m0 + tl.arange(0, BLOCK_M)
+        row = m.to(tl.int64)[:, None]
+        m_in = (m < M)[:, None]
+        v = tl.load(v_ptr + row * stride_vm + c[None, :], mask=m_in & (c < C)[None, :], other=0.0)
+        t = tl.load(t_ptr + row * rank + r[None, :], mask=m_in & (r < rank)[None, :], other=0.0)
+        if t_sums_ptr is not None:
+            t_sums += _part_sums(t.to(tl.float32), T_ROWS)
+        if stats_ptr is not None:
+            mean = tl.load(stats_ptr + m, mask=m < M, other=0.0)
+            inverse_std = tl.load(stats_ptr + M + m, mask=m < M, other=0.0)
+            if FOLDED:
+                t = (t.to(tl.float32) * inverse_std[:, None]).to(OPERAND)
+                of_mean += _part_sums(t.to(tl.float32) * mean[:, None], T_ROWS)
+            else:
+                v = (v.to(tl.float32) - mean[:, None]) * inverse_std[:, None]
+        if DROPOUT:
+            v = tl.where(dropout_keep(seed_ptr, threshold, m0, c0, BLOCK_M, BLOCK_C), v, 0.0).to(v.dtype)
+        if sums_ptr is not None:
+            weighted = v.to(tl.float32)
+            if gate_ptr is not None:
+                weighted *= tl.load(gate_ptr + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
+            sums += _part_sums(weighted, ROWS)
+        if PIECES == 1:
+            v = v.to(OPERAND)
+        # a tile is summed apart: over many rows the tensor cores would lose more than float32's rounding does
+        acc += dot_wide(tl.trans(v), t, tl.zeros_like(acc), PIECES) * inverse_keep
+    if FOLDED:
+        acc -= tl.sum(of_mean, 0)[None, :]
+    out_ptr += split * C * rank + c[:, None] * stride_oc + r[None, :] * stride_or
+    tl.store(out_ptr, acc, mask=(c < C)[:, None] & (r < rank)[None, :])
+    if sums_ptr is not None:
+        tl.store(sums_ptr + split * C + c, tl.sum(sums, 0) * inverse_keep, mask=(c < C) & (tl.program_id(1) == 0))
+    if t_sums_ptr is not None:
+        tl.store(t_sums_ptr + split * rank + r, tl.sum(t_sums, 0), mask=(r < rank) & (tl.program_id(0) == 0))
+
+
+def finish(
+    products: Products,
+    weight: torch.Tensor,
+    scale: float,
+    *,
+    factor: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
+    weighted: torch.Tensor | None = None,
+    t_sums: torch.Tensor | None = None,
+    offset_sums: torch.Tensor | None = None,
+) -> None:
+    """Fill what is given, with P = t^T f(v) (r, C), S = sums of f(v), T = sums of t and the weight W, both (r, C).
+
+    out (r, C) = scale factor P + T offset, sums (C,) = scale factor S, weighted (C,) = scale (sum_r P W + bias S),
+    t_sums (r,) = T, offset_sums (C,) = sum_r T W; factor, offset and bias (C,), which may be None.
+    """
+    splits, columns, rank = products.planes.shape
+    block_c = 16
+    strides: dict[str, Any] = {"stride_wr": weight.stride(0), "stride_wc": weight.stride(1)}
+    strides |= dict(zip(("stride_ps", "stride_pc", "stride_pr"), products.planes.stride(), strict=True))
+    strides |= {"stride_or": 0 if out is None else out.stride(0), "stride_oc": 0 if out is None else out.stride(1)}
+    launch(
+        _bottleneck_finish_kernel,
+        (triton.cdiv(columns, block_c),),
+        weight.device,
+        planes_ptr=products.planes,
+        sums_ptr=products.sums,
+        t_sums_ptr=products.t_sums,
+        weight_ptr=weight,
+        factor_ptr=factor,
+        offset_ptr=offset,
+        bias_ptr=bias,
+        out_ptr=out,
+        out_sums_ptr=sums,
+        weighted_ptr=weighted,
+        out_t_sums_ptr=t_sums,
+        offset_sums_ptr=offset_sums,
+        C=columns,
+        rank=rank,
+        splits=splits,
+        scale=scale,
+        **strides,
+        BLOCK_C=block_c,
+        BLOCK_R=block_r(rank),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _bottleneck_finish_kernel(
+    planes_ptr, sums_ptr, t_sums_ptr, weight_ptr, factor_ptr, offset_ptr, bias_ptr, out_ptr, out_sums_ptr,
+    weighted_ptr, out_t_sums_ptr, offset_sums_ptr, C, rank, splits, scale,
+    stride_wr, stride_wc, stride_ps, stride_pc, stride_pr, stride_or, stride_oc,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """See `finish`."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_in = c < C
+    factor = tl.zeros([BLOCK_C], tl.float32) + scale
+    if factor_ptr is not None:
+        factor *= tl.load(factor_ptr + c, mask=c_in, other=0.0).to(tl.float32)
+    weighted, offset_sums = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    if sums_ptr is not None:
+        sums = tl.zeros([BLOCK_C], tl.float32)
+        for split in range(splits):
+            sums += tl.load(sums_ptr + split * C + c, mask=c_in, other=0.0)
+        if out_sums_ptr is not None:
+            tl.store(out_sums_ptr + c, (sums * factor).to(out_sums_ptr.dtype.element_ty), mask=c_in)
+        if bias_ptr is not None:
+            weighted += sums * tl.load(bias_ptr + c, mask=c_in, other=0.0).to(tl.float32)
+    for r0 in range(0, rank, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        r_in = r < rank
+        inside = c_in[:, None] & r_in[None, :]
+        products, t_sums = tl.zeros([BLOCK_C, BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
+        planes = planes_ptr + c.to(tl.int64)[:, None] * stride_pc + r[None, :] * stride_pr
+        for split in tl.range(0, splits, num_stages=3):
+            products += tl.load(planes, mask=inside, other=0.0)
+            if t_sums_ptr is not None:
+                t_sums += tl.load(t_sums_ptr + split * rank + r, mask=r_in, other=0.0)
+            planes += stride_ps
+        if (weighted_ptr is not None) | (offset_sums_ptr is not None):
+            w = tl.load(weight_ptr + c.to(tl.int64)[:, None] * stride_wc + r[None, :] * stride_wr, mask=inside,
+                        other=0.0).to(tl.float32)  # fmt: skip
+            weighted += tl.sum(products * w, 1)
+            offset_sums += tl.sum(t_sums[None, :] * w, 1)
+        if out_ptr is not None:
+            result = products * factor[:, None]
+            if offset_ptr is not None:
+                result += t_sums[None, :] * tl.load(offset_ptr + c, mask=c_in, other=0.0).to(tl.float32)[:, None]
+            to = out_ptr + c.to(tl.int64)[:, None] * stride_oc + r[None, :] * stride_or
+            tl.store(to, result.to(out_ptr.dtype.element_ty), mask=inside)
+        if out_t_sums_ptr is not None:
+            total = t_sums.to(out_t_sums_ptr.dtype.element_ty)
+            tl.store(out_t_sums_ptr + r, total, mask=r_in & (tl.program_id(0) == 0))
+    if weighted_ptr is not None:
+        tl.store(weighted_ptr + c, (weighted * scale).to(weighted_ptr.dtype.element_ty), mask=c_in)
+    if offset_sums_ptr is not None:
+        tl.store(offset_sums_ptr + c, offset_sums.to(offset_sums_ptr.dtype.element_ty), mask=c_in)
