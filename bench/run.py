@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ def run_case(case: Case, plan: Plan, tick: Tick = lambda what, done, total: None
         tick: called with (what is being done, steps done, steps in all).
     """
     tick("preparing", 0, 1)
+    gc.collect()
+    gc.freeze()  # what libraries hold is not searched again at every measurement of memory
     work = case.build(plan.wanted)
     rows = {name: check(work, name, tick) for name in work.contenders}
     sound = [name for name, row in rows.items() if row["check"] != "failed"]

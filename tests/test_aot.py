@@ -31,6 +31,7 @@ MATRIX_KERNELS = {
     "_lora_da_kernel",
     "_lora_expand_kernel",
     "_prompt_attention_fwd_kernel",
+    "_prompt_attention_bwd_kernel",
     "_prompt_attention_dq_kernel",
     "_prompt_attention_dkv_kernel",
 }
@@ -69,8 +70,8 @@ def test_compiles(name, machine):
         assert report.shared <= target.shared_limit
         if report.kernel in MATRIX_KERNELS:
             assert report.matrix_instructions, "no matrix instruction: the compiler dropped the product"
-            # 64 rows of more than 128 inner units spill there
-            narrow = machine == "sm_100" and report.kernel == "_bottleneck_bwd_kernel" and report.block_m < 64
+            # on Hopper 32 rows are faster (measured), on Blackwell 64 rows of more than 128 inner units spill
+            narrow = report.kernel == "_bottleneck_bwd_kernel" and report.block_m < 64
             if case.rows >= 64 and machine in NATIVE and not narrow:
                 assert NATIVE[machine] in report.matrix_instructions
         hold(row)

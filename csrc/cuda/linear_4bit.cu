@@ -57,7 +57,7 @@ void run(int device, uintptr_t stream, const Linear4& call, const Plan& plan) {
   const int shared = shared_bytes(groups_of(call.M));
   const bool can_overlap = prepare(kernel, device, shared);
   const int64_t tiles = (call.N + kTileRows - 1) / kTileRows;
-  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device) * (16 / kWarps);
+  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   const int64_t columns = multiprocessors / plan.splits > 0 ? multiprocessors / plan.splits : 1;
   const dim3 grid(unsigned(tiles < columns ? tiles : columns), unsigned(plan.splits));
   launch(kernel, grid, kWarp * kWarps, size_t(shared), stream, can_overlap && call.extras.s, call);

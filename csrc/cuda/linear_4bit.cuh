@@ -80,7 +80,7 @@ __device__ __forceinline__ void write_tile(const Linear4& call, int tile, const 
 // columns and add up their sums in shared memory, in a fixed order. A stage is filled again as soon as it is read, also
 // from tile to tile, so that memory never waits.
 template <typename T, int GROUPS, bool NESTED>
-__global__ void __launch_bounds__(kWarps* kWarp, 16 / kWarps) linear_4bit_kernel(const Linear4 call) {
+__global__ void __launch_bounds__(kWarps* kWarp, 1) linear_4bit_kernel(const Linear4 call) {
   extern __shared__ __align__(16) char shared[];
   constexpr int stride = partial_stride(GROUPS);
   // by a shuffle the compiler knows that a warp has it in common

@@ -7,10 +7,7 @@ namespace peft_kernels {
 
 // Eight columns a thread: K = 4096 in one go, because the kernel beside this one soon waits for it.
 constexpr int kShrinkThreads = 512;
-#ifndef PK_SHRINK_ROWS
-#define PK_SHRINK_ROWS 4
-#endif
-constexpr int kShrinkRows = PK_SHRINK_ROWS;  // rows of x that a block multiplies
+constexpr int kShrinkRows = 4;  // rows of x that a block multiplies
 
 // Block (r, i): column r of S, its rows from kShrinkRows * i on. While a block is resident, the next kernel's cannot be
 // beside it, so there are many short ones.

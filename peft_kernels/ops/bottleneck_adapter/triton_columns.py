@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...dropout import scale_mask
 from ...triton_common.device import dot_wide, dropout_keep
 from ...triton_common.launch import Target, launch, target
 from ...triton_common.lowrank import block_r, dropout_arguments
@@ -40,7 +41,9 @@ def column_products(
     """
     (m, columns), rank, on = v.shape, t.shape[1], target(v.device)
     pieces = 1 if dtype.itemsize == 2 else 3 if v.dtype == torch.bfloat16 and stats is None else 6
-    tile = _tile(pieces, rank, on)
+    if pieces == 6 and rank > 64:
+        return _float32_products(v, t, stats, gate, p, seed, by_column)
+    tile = _tile(pieces, rank, stats is not None, on)
     grid = (triton.cdiv(columns, tile["BLOCK_C"]), triton.cdiv(rank, tile["BLOCK_R"]))
     steps = triton.cdiv(m, tile["BLOCK_M"])
     most = max(1, v.numel() * v.element_size() // (32 * columns * rank))  # planes of at most an eighth of v's bytes
@@ -82,12 +85,36 @@ def column_products(
     return Products(planes, column_sums, t_sums)
 
 
-def _tile(pieces: int, rank: int, on: Target) -> dict[str, int]:
-    """Set from compiled objects (no spills, shared memory), not measured."""
+def _float32_products(
+    v: torch.Tensor,
+    t: torch.Tensor,
+    stats: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    p: float,
+    seed: torch.Tensor | None,
+    by_column: bool,
+) -> Products:
+    """`column_products` by the vendor's GEMM: what tensor cores cut off would add up over so many float32 products."""
+    f = v.float()
+    if stats is not None:
+        f = (f - stats[0, :, None]) * stats[1, :, None]
+    if p > 0:
+        assert seed is not None
+        f = f * scale_mask(seed[0], f.shape[0], f.shape[1], p).to(f.dtype)
+    weighted = f if gate is None else f * gate.float()[:, None]
+    t_sums = None if by_column else t.sum(0, dtype=torch.float64).float()[None]
+    return Products((t.t() @ f)[None].mT, weighted.sum(0)[None], t_sums)
+
+
+def _tile(pieces: int, rank: int, normed: bool, on: Target) -> dict[str, int]:
+    """Set from compiled objects (no spills, shared memory) but for the four warps.
+
+    H100, 8192 x 4096: 39 microseconds, and with layer norm 39 by four warps, 47 by eight; reading it takes 22.
+    """
     block_m, block_c = (64, 128) if pieces == 1 else (32, 64)
     if on.arch == 100:  # more would spill
         block_m //= 2
-    tile_r, warps = (block_r(rank), 8) if pieces == 1 else (16, 4)
+    tile_r, warps = (block_r(rank), 4 if normed and on.arch == 90 else 8) if pieces == 1 else (16, 4)
     stages = 2 if on.kind == "hip" else 3
     return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": tile_r, "num_warps": warps, "num_stages": stages}
 

@@ -233,16 +233,16 @@ def _pieces(weight: torch.Tensor, other: torch.Tensor | None = None, exact: bool
 def _tile(m: int, rank: int, pieces: int, on: Target, backward: bool = False) -> dict[str, int]:
     """Set from compiled objects (no spills, shared memory), and for 16 bits on Hopper measured.
 
-    H100, M = 8192, K = N = 4096, r = 64, bfloat16: forward 86 us, by 64 x 64 tiles 138; backward over rows 97 us, with
-    layer norm 180, by 64 x 32 tiles 212 and 373; all before the second loops had what they add fetched ahead.
+    H100, M = 8192, K = N = 4096, r = 64, bfloat16: forward 82 us, with layer norm 86 (by 32 x 256 tiles 80 and 137);
+    backward over rows 80 and 106; a copy of x takes 50.
     """
-    tile_r = max(16, triton.next_power_of_2(rank))
+    tile_r, stages = max(16, triton.next_power_of_2(rank)), 2 if on.kind == "hip" else 3
     if pieces > 1:  # three or six products a step
         block_m, block, warps = 32, 16, 4
     elif on.arch == 90 and tile_r <= 64:
-        block_m, block, warps = 32, 128 if backward else 256, 4
-        while block_m > 16 and triton.cdiv(m, block_m) < on.multiprocessors:
-            block_m //= 2
+        block_m, block, warps, stages = (32, 128, 8, 4) if backward else (64, 128, 8, 5)
+        while block_m > 16 and 2 * triton.cdiv(m, block_m) < on.multiprocessors:
+            block_m, warps = block_m // 2, 4
     elif not backward:
         block_m, block, warps = 64, 64 if tile_r <= 128 else 32, 4 if tile_r <= 64 else 8
     else:
@@ -257,5 +257,5 @@ def _tile(m: int, rank: int, pieces: int, on: Target, backward: bool = False) ->
         "BLOCK_R": min(tile_r, 64) if backward else tile_r,
         **({"RANKS": triton.cdiv(rank, 64)} if backward else {}),
         "num_warps": warps,
-        "num_stages": 2 if on.kind == "hip" else 3,
+        "num_stages": stages,
     }

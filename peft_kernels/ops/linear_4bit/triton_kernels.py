@@ -18,10 +18,12 @@ from .triton_gemm import _linear_4bit_bwd_kernel, _linear_4bit_fwd_kernel
 from .triton_vendor import vendor_backward, vendor_forward
 
 # The most rows that the fused kernels serve, by the instructions of their tiles; beyond, decode to scratch and the
-# vendor's GEMM. wgmma: measured on H100, 14336 x 4096: 256 rows take 103 microseconds forward for 115, and 116 for 118
-# backward, 384 rows 165 for 125. The others are guesses from instructions per weight: tensor cores that outrun the
-# decode (tcgen05), and decodes that cost two or three times as much (mma.sync, tables), give way earlier.
-_CROSSOVER = {"wgmma": 256, "tcgen05": 64, "mma": 128, "table": 64}
+# vendor's GEMM. wgmma: measured on H100; 128 rows of 14336 x 4096 take 62 microseconds forward for 106, backward 65 for
+# 115; of 192 both take 105. The others are guesses from instructions per weight: tensor cores that outrun the decode
+# (tcgen05), and decodes that cost two or three times as much (mma.sync, tables), give way earlier.
+_CROSSOVER = {"wgmma": 128, "tcgen05": 64, "mma": 128, "table": 64}
+# wgmma's tiles of more rows are few, and of a smaller weight too few for the multiprocessors (4096 x 4096: 58 for 34).
+_WGMMA_SMALL_ROWS, _WGMMA_SMALL = 64, 1 << 25
 
 
 class _Tile(NamedTuple):
@@ -41,7 +43,7 @@ class _Tile(NamedTuple):
 # columns wide (Triton 3.6).
 _TILES = {
     "wgmma": (
-        {8: _Tile(8, 128, 128, 4, 4), 16: _Tile(16, 128, 128, 4, 4), 32: _Tile(32, 128, 64, 4, 4),
+        {8: _Tile(8, 128, 128, 4, 4), 16: _Tile(16, 128, 64, 4, 4), 32: _Tile(32, 128, 64, 4, 4),
          64: _Tile(64, 64, 128, 4, 3), 128: _Tile(128, 256, 64, 8, 4), 512: _Tile(128, 128, 64, 4, 3)},
         {16: _Tile(16, 128, 128, 4, 3), 64: _Tile(64, 128, 128, 8, 3), 512: _Tile(128, 64, 128, 8, 3)},
     ),
@@ -61,8 +63,6 @@ _TILES = {
         {16: _Tile(16, 64, 64, 4, 2), 32: _Tile(32, 64, 64, 4, 2), 512: _Tile(64, 64, 64, 4, 2)},
     ),
 }  # fmt: skip
-# Programs of few rows that one multiprocessor holds: with fewer, their waits for the tensor cores would not overlap.
-_RESIDENT = 4
 _INSTRUCTIONS: dict[int | str, str] = {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}
 
 
@@ -85,7 +85,9 @@ def backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
 
 def fused(x: torch.Tensor, weight: Weight4bit) -> bool:
     """Whether the fused kernels run: float32 has no tensor cores worth decoding for."""
-    return x.dtype != torch.float32 and x.shape[0] <= _CROSSOVER[_tiles(weight, target(x.device))]
+    tiles, (n, k) = _tiles(weight, target(x.device)), weight.shape
+    most = _WGMMA_SMALL_ROWS if tiles == "wgmma" and n * k < _WGMMA_SMALL else _CROSSOVER[tiles]
+    return x.dtype != torch.float32 and x.shape[0] <= most
 
 
 def fused_forward(
@@ -129,8 +131,7 @@ def split_of(m: int, weight: Weight4bit, tile: _Tile, on: Target) -> tuple[int, 
     n, k = weight.shape
     tiles, steps = cdiv(n, tile.block_n), cdiv(k, tile.block_k)
     # planes are written and read once each: their traffic stays below the weight's
-    resident = _RESIDENT if m <= 32 else 2
-    count = split_count(tiles * cdiv(m, tile.block_m), steps, k // (16 * m), on, resident)
+    count = split_count(tiles * cdiv(m, tile.block_m), steps, k // (16 * m), on)
     k_per_split = cdiv(steps, count) * tile.block_k
     return tiles, k_per_split, cdiv(k, k_per_split)
 
