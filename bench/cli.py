@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import aot as compiled
-from . import ceilings, environment, html, model, plots, profile, tables, timing
+from . import ceilings, environment, html, plots, profile, tables, timing
 from . import compare as comparison
 from . import readme as readme_figures
 from .case import Case, Options
@@ -91,12 +91,6 @@ def run(
             errors.print(f"The machine was busy before this began (load {result['load']:.1f}): repeat it when idle.")
         failed |= any(row["check"] == "failed" for case in result["cases"] for row in case["rows"])
     raise typer.Exit(1 if failed else 0)
-
-
-@app.command(name="model")
-def predict() -> None:
-    """Predicted times on GPUs beside the measured ones."""
-    model.main()
 
 
 @app.command()

@@ -1,7 +1,6 @@
 """The README's figure tables, generated from committed JSON so that no figure is typed by hand.
 
-A table stands between `<!-- figures: bench/results/<device>/<group>.json -->` and `<!-- end figures -->`. That of
-`bench/results/aot.json` has the goals on a GPU, as predicted from it.
+A table stands between `<!-- figures: bench/results/<device>/<group>.json -->` and `<!-- end figures -->`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from . import method_pick, model_bars, tables
+from . import method_pick, tables
 from .environment import ROOT
 
 README = ROOT / "README.md"
@@ -36,7 +35,5 @@ def updated(text: str, root: Path = ROOT) -> str:
 
 def markdown(path: Path) -> str:
     """The table of one JSON."""
-    if path.name == "aot.json":
-        return model_bars.markdown(path)
     result = json.loads(path.read_text(encoding="utf-8"))
     return method_pick.markdown(result) if result["group"] == "methods" else tables.markdown(result)

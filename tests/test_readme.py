@@ -26,7 +26,6 @@ RUN_BY = {
     "python -m bench methods --model smollm2-135m --tasks 100": ("bench/test_methods.py", 'bench("methods"'),
     "python -m bench tune linear_4bit": ("bench/test_methods.py", 'bench("tune"'),
     "python -m bench aot": ("tests/test_aot.py", "gate.triton_rows"),
-    "python -m bench model": ("bench/test_model.py", "model.main"),
     "make gpu-check": ("tests/test_readme.py", '"gpu-check"'),
     "make test-adapters": ("Makefile", "$(MAKE) test-adapters"),
     "bench/gpu_check.sh OUT 9": ("bench/test_gpu_check.py", '"gpu_check.sh"'),
