@@ -78,8 +78,13 @@ def facts(result: dict[str, Any]) -> str:
 
 def ceilings_text(ceilings: dict[str, Any]) -> str:
     """What the machine reaches, with units."""
-    memory, gemm = ceilings["bytes_per_second"] / 1e9, ceilings["flops_per_second"] / 1e9
-    return f"{memory:.3g} GB/s ({ceilings['memory']}), {gemm:.3g} GFLOP/s ({ceilings['gemm']})"
+    memory, gemm = (_three_digits(ceilings[what] / 1e9) for what in ("bytes_per_second", "flops_per_second"))
+    return f"{memory} GB/s ({ceilings['memory']}), {gemm} GFLOP/s ({ceilings['gemm']})"
+
+
+def _three_digits(value: float) -> str:
+    """Without an exponent."""
+    return f"{float(f'{value:.3g}'):g}"
 
 
 def markdown_table(table: list[list[str]]) -> str:

@@ -47,8 +47,8 @@ _TILES = {
     (False, 64): _Tiles(_Tile(16, 16, 4), _Tile(16, 16, 4), _Tile(16, 16, 4), None),
 }
 # Measured on H100 for bfloat16 heads of 128, B 4, H 32, us of forward, and of dq, against the tile above: 12.0 and 14.2
-# (16.4, 90) at L 64, 38 and 91 (69, 133) at L 512, 90 and 133 (109, 142) at L 2048. `whole` takes 59 at L 512 and 161 at
-# L 2048; 64 rows would take 51 and 138, but spill.
+# (16.4, 90) at L 64, 38 and 91 (69, 133) at L 512, 90 and 133 (109, 142) at L 2048. `whole` takes 59 at L 512 and 161
+# at L 2048; 64 rows would take 51 and 138, but spill.
 _HOPPER_TILES = {
     (True, 64): _TILES[True, 64]._replace(whole=_Tile(64, 64, 4)),
     (True, 128): _Tiles(_Tile(64, 64, 4), _Tile(64, 64, 4), _Tile(64, 64, 4), _Tile(32, 64, 4)),
