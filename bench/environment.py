@@ -91,7 +91,7 @@ def record(device: torch.device) -> dict[str, Any]:
     return {
         "device": machine(device),
         "versions": versions | {package: _version(package) for package in PACKAGES},
-        "commit": os.environ.get("COMMIT") or _git("rev-parse", "HEAD"),  # a copy of the tree may have another .git
+        "commit": os.environ.get("COMMIT") or _git("rev-parse", "HEAD"),  # where the tree is no checkout of it
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

@@ -34,6 +34,7 @@ def run_case(case: Case, plan: Plan, tick: Tick = lambda what, done, total: None
         tick: called with (what is being done, steps done, steps in all).
     """
     tick("preparing", 0, 1)
+    gc.unfreeze()
     gc.collect()
     gc.freeze()  # what libraries hold is not searched again at every measurement of memory
     work = case.build(plan.wanted)

@@ -5,7 +5,7 @@ C++), `triton` (on a GPU) and `reference` (pure torch, anywhere). Every native o
 `why_not(device, dtypes)`, which says in a sentence why it cannot serve such tensors, or None if it can; any shape must
 be served, or refused with a `BackendError` that names the remedy. `auto` takes the first that can, in the order below.
 An operation may name calls that torch serves best; and where the native module has `why_not_call`, because its CUDA
-kernels refuse calls that others serve, `auto` asks that, and passes it over.
+kernels refuse calls that others serve, `auto` asks it about CUDA tensors and passes `native` over where it answers.
 """
 
 from __future__ import annotations

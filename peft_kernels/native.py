@@ -103,6 +103,11 @@ def cuda_place(device: torch.device) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
+def readable(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A contiguous vector in a dtype that the kernels read: float32 for any that has no code."""
+    return None if t is None else (t if t.dtype in _DTYPE_CODES else t.float()).contiguous()
+
+
 def dtype_code(dtype: torch.dtype) -> int:
     """The native code of a dtype that the kernels compute in; TypeError for any other."""
     try:

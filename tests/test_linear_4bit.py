@@ -107,11 +107,12 @@ def test_no_rows(backend):
     assert y.shape == (2, 0, 32) and x.grad.shape == x.shape and torch.equal(bias.grad, torch.zeros(32))
 
 
-def test_no_bias_and_float32_bias(backend):
+def test_no_bias_and_bias_of_another_dtype(backend):
     x, w, bias, _ = inputs((5, 128, 32), torch.bfloat16)
     zero = pk.functional.linear_4bit(x, w, torch.zeros_like(bias))
     assert torch.equal(pk.functional.linear_4bit(x, w), zero)
-    assert pk.functional.linear_4bit(x, w, bias.float()).dtype == torch.bfloat16
+    wider = [pk.functional.linear_4bit(x, w, bias.to(dtype)) for dtype in (torch.float32, torch.float64)]
+    assert wider[0].dtype == torch.bfloat16 and torch.equal(*wider)
 
 
 @pytest.mark.parametrize("m", [1, 20, 300])

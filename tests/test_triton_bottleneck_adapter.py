@@ -119,6 +119,18 @@ def test_norm_of_uneven_rows(change, dtype, poison):
         assert_within_budget(ours[name], exact[name], eager[name], name)
 
 
+@pytest.mark.parametrize("std, upstream", [(0.003, 300.0), (300.0, 1e-4)])
+def test_norm_of_rows_far_from_one(std, upstream, poison):
+    """What comes from above, over a row's std, need not fit into float16."""
+    case = OnDevice(36, 150, 8, dtype=torch.float16, residual="none")
+    case.leaves["x"].mul_(std), case.dy.mul_(upstream)
+    reference = pk.reference.bottleneck_adapter
+    eager, exact = case.run(reference), case.run(reference, lambda t: t.double())
+    ours = case.run(pk.functional.bottleneck_adapter)
+    for name in ("d down_weight", "d down_bias", "d ln_weight", "d ln_bias"):
+        assert_within_budget(ours[name], exact[name], eager[name], name)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, poison):
     OnDevice(66, 32, 24, activation=activation, norm=False).check()

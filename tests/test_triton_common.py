@@ -63,6 +63,9 @@ def test_a_compiled_kernel_is_found_again(monkeypatch):
     new, found = ("compiles", (5,)), ((5, 1, 1), 3, True)
     again = [new, ((5, 1, 1), 4, True), *[new, found] * 3]
     assert calls == [new, found, found, found, *again, ("compiles", (5, 2))]
+    calls.clear()
+    launch.launch(kernel, (5,), cpu, n=3.0, FLAG=True, x_ptr=x, num_warps=4)
+    assert calls == [new], "a float must not find what was compiled for an integer"
     monkeypatch.setattr(launch, "_MOST_COMPILED", 6)
     launch.launch(kernel, (5,), cpu, n=9, FLAG=True, x_ptr=x, num_warps=4)
     assert len(launch._compiled) == 1, "a shape that changes with every call must not fill the memory"

@@ -42,8 +42,8 @@ if interpreting():
 _INTERPRETER = Target("cpu", 0, 4)
 _recording: tuple[Target, list[Launch]] | None = None
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-# What Triton specializes a kernel on, and the exact numbers -> the compiled kernel. Found here, a launch takes a third
-# of the host time of Triton's own way, which is 50 microseconds with forty arguments.
+# What Triton specializes a kernel on for NVIDIA, and the exact numbers -> the compiled kernel. Found here, a launch
+# takes a third of the host time of Triton's own way, which is 50 microseconds with forty arguments.
 _compiled: dict[tuple[Any, ...], Any] = {}
 _MOST_COMPILED = 4096
 
@@ -76,7 +76,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **kwargs: A
     if _recording is not None:
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         _recording[1].append(Launch(kernel, grid, kwargs, options))
-    elif interpreting():
+    elif interpreting() or torch.version.hip is not None:
         kernel[grid](**kwargs)
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -87,13 +87,14 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **kwargs: A
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, kwargs: dict[str, Any]) -> None:
     args = [kwargs[name] for name in kernel.arg_names]
-    key = (
-        id(kernel),
-        device.index,
-        *map(kwargs.get, _OPTIONS),
-        # of a tensor: the type, and whether its address is a multiple of 16 bytes
-        *[(a.dtype if a.data_ptr() % 16 == 0 else (a.dtype,)) if isinstance(a, torch.Tensor) else a for a in args],
-    )
+    # of a tensor: the type, and whether its address is a multiple of 16 bytes; a float is told from an equal integer
+    special = [
+        (a.dtype if a.data_ptr() % 16 == 0 else (a.dtype,))
+        if isinstance(a, torch.Tensor)
+        else ((float, a) if type(a) is float else a)
+        for a in args
+    ]
+    key = (id(kernel), device.index, *map(kwargs.get, _OPTIONS), *special)
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(*grid, 1, 1)](*args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,16 @@ def why_not_call(x: torch.Tensor, weight: Weight4bit, differentiated: bool) -> s
         return f"its CUDA kernels serve at most {MOST_ROWS} rows"
     if weight.layout != "bnb":
         return "its CUDA kernels read bitsandbytes' layout only"
+    if x.is_cuda and not _measured(x.device.index):
+        return 'its CUDA kernels are measured on H100 alone: use_backend("native") asks for them'
     reason = native.has_cuda() and native.cuda_core().linear_4bit_unsupported(native_weight(weight))
     return f"its CUDA kernels do not serve this weight: {reason}" if reason else None
+
+
+@functools.cache
+def _measured(index: int) -> bool:
+    """Whether figures show that these kernels beat Triton's on this device."""
+    return torch.cuda.get_device_capability(index) == (9, 0)
 
 
 def refusal(what: str) -> BackendError:
@@ -75,7 +84,7 @@ def _multiply(
     y = x.new_empty((m, n))
     splits = core.linear_4bit_splits(m, k)
     planes = None if splits == 1 else x.new_empty((splits, m, n), dtype=torch.float32)
-    bias = None if bias is None else bias.contiguous()
+    bias = native.readable(bias)
     core.linear_4bit_decode(
         *place,
         x.data_ptr(),

@@ -72,7 +72,7 @@ def forward_fused(
 
     out_scale: (N,) float32, multiplies y; unscaled: (M, N) contiguous, takes what y was before that.
     """
-    x = row_major(x)
+    x, bias = row_major(x), native.readable(bias)
     m, n = x.shape[0], weight.shape[0]
     y = x.new_empty((m, n))
     native.core().linear_4bit_forward(

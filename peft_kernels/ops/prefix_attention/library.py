@@ -62,7 +62,7 @@ def backward(
 def is_plain(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, scale: float
 ) -> bool:
-    """Whether `forward` is torch's scaled_dot_product_attention on a GPU, bit for bit: one kernel, the same values."""
+    """Whether `forward` is torch's scaled_dot_product_attention on a GPU, bit for bit, unless cuDNN refuses."""
     if q.device.type != "cuda" or mask is not None or q.shape[2] == 1 or q.numel() == 0 or k.shape[2] == 0:
         return False
     whole = q.shape[3] % 8 == 0 and q.shape[3] <= 128 and all(t.stride(3) == 1 for t in (q, k, v))
@@ -193,19 +193,21 @@ def _kernel(q, k, v, mask, is_causal, scale, backward):
     kernel = torch._fused_sdp_choice(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
     if kernel == _CUDNN:
         # it plans anew for every length, and a cache grows by one: a plan takes longer than many steps of decoding
-        decoding = q.shape[2] == 1 and torch.backends.cuda.flash_sdp_enabled() and _flash_fits(q, k, is_causal)
+        decoding = q.shape[2] == 1 and _flash_fits(q, k, is_causal)
         if decoding or (_refused and _call(q, k, v, is_causal, backward) in _refused):
             return _FLASH if _flash_fits(q, k, is_causal) else _EFFICIENT
     return kernel if kernel in (_CUDNN, _FLASH) else _EFFICIENT
 
 
 def _flash_fits(q, k, is_causal):
-    """Flash kernels align causality at the bottom right."""
-    return q.shape[3] <= 256 and (not is_causal or q.shape[2] == k.shape[2])
+    """Whether flash is there and wanted; its kernels align causality at the bottom right."""
+    usable = torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.is_flash_attention_available()
+    return usable and q.shape[3] <= 256 and (not is_causal or q.shape[2] == k.shape[2])
 
 
 # Calls for which cuDNN turned out to have no plan. It takes long to say so, and torch does not remember it.
 _refused: set[tuple] = set()
+_MOST_REFUSED = 4096
 
 
 def _call(q, k, v, is_causal, backward):
@@ -214,8 +216,10 @@ def _call(q, k, v, is_causal, backward):
 
 def _without_cudnn(error, q, k, v, is_causal, backward):
     """Another kernel's number for a call that cuDNN refused; other errors go on."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
         raise error
+    if len(_refused) >= _MOST_REFUSED:
+        _refused.clear()
     _refused.add(_call(q, k, v, is_causal, backward))
     return _FLASH if _flash_fits(q, k, is_causal) else _EFFICIENT
 

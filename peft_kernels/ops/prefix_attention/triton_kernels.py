@@ -38,8 +38,8 @@ class _Tiles(NamedTuple):
 
 
 # By whether products are of 16 bits, and by the padded width of a head; others go by torch's products. Set from
-# compiled objects, not measured: no spills on any target. In float32 each operand is three of bfloat16, which a wide
-# head's rows do not leave registers for.
+# compiled objects, for targets without a row below: no spills on any. In float32 each operand is three of bfloat16,
+# which a wide head's rows do not leave registers for.
 _TILES = {
     (True, 64): _Tiles(_Tile(64, 32, 4), _Tile(64, 32, 4), _Tile(64, 32, 4), _Tile(32, 64, 4)),
     (True, 128): _Tiles(_Tile(32, 32, 4), _Tile(32, 32, 4), _Tile(32, 32, 4), _Tile(32, 32, 4)),
