@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from ...triton_common import why_not_tensors
-from ...triton_common.launch import Target, launch, target
+from ...triton_common.launch import cdiv, launch, target
 from ...triton_common.lowrank import dropout_arguments
 from ..linear_4bit.native_calls import row_major
 from . import triton_wide
 from .activations import activation_code
 from .triton_backward import _bottleneck_bwd_kernel
-from .triton_columns import column_products, finish
+from .triton_columns import column_products
+from .triton_finish import finish
 from .triton_forward import FOLDED, NO_NORM, NORMED, _bottleneck_fwd_kernel, fold_norm
+from .triton_tiles import fused, pieces, tile_for
 
 _Vector = torch.Tensor | None
 
@@ -50,7 +51,7 @@ def forward(
     y_dtype = x.dtype if added is None else torch.promote_types(x.dtype, added.dtype)
     z_dtype = torch.promote_types(x.dtype, down_weight.dtype)
     normed = ln_weight is not None
-    down_pieces, up_pieces = _pieces(down_weight, x, not normed), _pieces(up_weight)
+    down_pieces, up_pieces = pieces(down_weight, x, not normed), pieces(up_weight)
     if not fused(rank, down_pieces, up_pieces):
         y, z, stats = triton_wide.forward(
             x, added, down_weight, up_weight, vectors, activation, scaling, ln_eps, dropout_p, seed
@@ -59,7 +60,7 @@ def forward(
     y = torch.empty((m, n), dtype=y_dtype, device=x.device)
     z = torch.empty((m, rank) if save else (0,), dtype=z_dtype, device=x.device)
     stats = torch.empty((2, m) if save and normed else (0,), dtype=torch.float32, device=x.device)
-    tile = _tile(m, rank, max(down_pieces, up_pieces), target(x.device))
+    tile = tile_for(m, rank, max(down_pieces, up_pieces), target(x.device))
     down_bias, _, ln_weight, ln_bias = vectors[:4]
     norm, folded, fold_vectors = NO_NORM.value, None, None
     if ln_weight is not None:
@@ -69,7 +70,7 @@ def forward(
             folded, fold_vectors = fold_norm(down_weight, down_bias, ln_weight, ln_bias, True)
     launch(
         _bottleneck_fwd_kernel,
-        (triton.cdiv(m, tile["BLOCK_M"]),),
+        (cdiv(m, tile["BLOCK_M"]),),
         x.device,
         x_ptr=x,
         residual_ptr=added,
@@ -129,7 +130,7 @@ def backward(
     down, up = row_major(down_weight), row_major(up_weight)
     vectors = [None if v is None else v.contiguous() for v in (down_bias, up_bias, ln_weight, ln_bias, channel, gate)]
     stats_or_none = None if ln_weight is None else stats
-    rows = _fused_rows if fused(up.shape[1], _pieces(down), _pieces(up)) else triton_wide.rows
+    rows = _fused_rows if fused(up.shape[1], pieces(down), pieces(up)) else triton_wide.rows
     dx, dz, hidden, dgate = rows(
         dy, x, z, stats_or_none, down, up, vectors, add_x, activation, scaling, dropout_p, seed, x_dtype, needs
     )
@@ -170,14 +171,14 @@ def _fused_rows(dy, x, z, stats, down, up, vectors, add_x, activation, scaling, 
     dx, dz = empty(needs[0], m, k, dtype=x_dtype), empty(any(needs[i] for i in (1, 2, 5, 6)), m, rank)
     hidden = empty(any(needs[i] for i in (3, 4, 7)), m, rank, dtype=up.dtype)  # as the product rounds it
     dgate = empty(needs[8], m)
-    down_pieces, up_pieces = _pieces(down), _pieces(up, dy, channel is None)
+    down_pieces, up_pieces = pieces(down), pieces(up, dy, channel is None)
     on = target(dy.device)
-    tile = _tile(m, rank, max(down_pieces, up_pieces), on, backward=True)
+    tile = tile_for(m, rank, max(down_pieces, up_pieces), on, backward=True)
     normed = stats is not None and needs[0]
     dropout = dropout_arguments(dropout_p, seed)
     launch(
         _bottleneck_bwd_kernel,
-        (triton.cdiv(m, tile["BLOCK_M"]),),
+        (cdiv(m, tile["BLOCK_M"]),),
         dy.device,
         dy_ptr=dy,
         x_ptr=x if normed else None,
@@ -212,50 +213,3 @@ def _fused_rows(dy, x, z, stats, down, up, vectors, add_x, activation, scaling, 
         **tile,
     )
     return dx, dz, hidden, dgate
-
-
-def fused(rank: int, *pieces: int) -> bool:
-    """Whether a program's registers hold the hidden of its rows, or its gradient.
-
-    At M = 8192, K = N = 4096, r = 256 the fused backward kernel with LayerNorm moves 270 MB; `triton_wide.rows` moves
-    3 GB in some 15 passes over float32 matrices.
-    """
-    return rank <= (256 if max(pieces) == 1 else 64)
-
-
-def _pieces(weight: torch.Tensor, other: torch.Tensor | None = None, exact: bool = False) -> int:
-    """How a product with a weight keeps its accuracy; see `dot_wide`. exact: the other operand is a tensor as it is."""
-    if weight.dtype != torch.float32:
-        return 1
-    return 3 if exact and other is not None and other.dtype == torch.bfloat16 else 6
-
-
-def _tile(m: int, rank: int, pieces: int, on: Target, backward: bool = False) -> dict[str, int]:
-    """Set from compiled objects (no spills, shared memory), and for 16 bits on Hopper measured.
-
-    H100, M = 8192, K = N = 4096, r = 64, bfloat16: forward 82 us, with layer norm 86 (by 32 x 256 tiles 80 and 137);
-    backward over rows 80 and 106; a copy of x takes 50.
-    """
-    tile_r, stages = max(16, triton.next_power_of_2(rank)), 2 if on.kind == "hip" else 3
-    if pieces > 1:  # three or six products a step
-        block_m, block, warps = 32, 16, 4
-    elif on.arch == 90 and tile_r <= 64:
-        block_m, block, warps, stages = (32, 128, 8, 4) if backward else (64, 128, 8, 5)
-        while block_m > 16 and 2 * triton.cdiv(m, block_m) < on.multiprocessors:
-            block_m, warps = block_m // 2, 4
-    elif not backward:
-        block_m, block, warps = 64, 64 if tile_r <= 128 else 32, 4 if tile_r <= 64 else 8
-    else:
-        block_m, block, warps = 64, 32, 8
-        if tile_r > (128 if on.arch in (100, 120) else 64) and on.kind != "hip" and on.arch != 90:  # 64 rows spill
-            block_m, block = 32, 16 if tile_r > 128 and on.arch == 120 else 32
-        elif tile_r > 128 and on.kind == "hip":  # with twice the registers a lane
-            warps = 4
-    return {
-        "BLOCK_M": max(16, min(block_m, triton.next_power_of_2(m))),
-        "BLOCK": block,
-        "BLOCK_R": min(tile_r, 64) if backward else tile_r,
-        **({"RANKS": triton.cdiv(rank, 64)} if backward else {}),
-        "num_warps": warps,
-        "num_stages": stages,
-    }

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ...triton_common import why_not_tensors
-from ...triton_common.launch import launch
+from ...triton_common.launch import cdiv, launch
 
 _BLOCK = 1024  # columns of a program: 16 bytes a thread for 16-bit rows with four warps
 
@@ -29,7 +29,7 @@ def forward(input_ids: torch.Tensor, weight: torch.Tensor, prompt: torch.Tensor,
     block = _block(hidden)
     launch(
         _prompt_embedding_fwd_kernel,
-        (batch * rows, triton.cdiv(hidden, block)),
+        (batch * rows, cdiv(hidden, block)),
         out.device,
         ids_ptr=input_ids,
         weight_ptr=weight,
@@ -55,7 +55,7 @@ def dprompt(dy: torch.Tensor, out: torch.Tensor) -> None:
     """out (P, hidden) = the sum over the batch of the first P rows of dy (B, P + L, hidden)."""
     launch(
         _prompt_embedding_dprompt_kernel,
-        (out.shape[0], triton.cdiv(out.shape[1], _block(out.shape[1]))),
+        (out.shape[0], cdiv(out.shape[1], _block(out.shape[1]))),
         out.device,
         out_ptr=out,
         batch=dy.shape[0],
@@ -67,7 +67,7 @@ def dweight(dy: torch.Tensor, ids: torch.Tensor, order: torch.Tensor, out: torch
     """Rows ids of out (V, hidden), which is zero elsewhere = the sums of the rows of dy (B, L, hidden) in `order`."""
     launch(
         _prompt_embedding_dweight_kernel,
-        (ids.numel(), triton.cdiv(out.shape[1], _block(out.shape[1]))),
+        (ids.numel(), cdiv(out.shape[1], _block(out.shape[1]))),
         out.device,
         ids_ptr=ids,
         order_ptr=order,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...triton_common.launch import launch, target
+from ...triton_common.launch import cdiv, launch, target
 from ...triton_common.planes import split_count, sum_planes
 
 # Bytes of a tile's column, and its columns: a warp reads one whole row of 16-bit elements, 16 bytes a thread. Measured
@@ -30,11 +30,11 @@ def columns(
         return None, None
     m, n = u.shape
     block_m = _COLUMN // u.element_size()
-    programs, steps = triton.cdiv(n, _BLOCK_N), triton.cdiv(m, block_m)
+    programs, steps = cdiv(n, _BLOCK_N), cdiv(m, block_m)
     reduces = sums or times is not None
-    on, most = target(u.device), triton.cdiv(steps, _STEPS)
-    rows = triton.cdiv(steps, split_count(programs, steps, most, on) if reduces else steps) * block_m
-    splits = triton.cdiv(m, rows)
+    on, most = target(u.device), cdiv(steps, _STEPS)
+    rows = cdiv(steps, split_count(programs, steps, most, on) if reduces else steps) * block_m
+    splits = cdiv(m, rows)
     wanted = (sums, times is not None)
     planes = [u.new_empty((splits, n), dtype=torch.float32) if want else None for want in wanted]
     launch(
