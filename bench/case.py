@@ -41,6 +41,10 @@ class Options:
     dtype: torch.dtype = torch.bfloat16
     compiled: bool = True  # with the peers under torch.compile, which take long to compile
 
+    def why_not_compiled(self) -> str | None:
+        """Why the peers under torch.compile are left out, or None."""
+        return None if self.compiled and not self.quick else "left out of this run: it takes long to compile"
+
     def layers(self) -> list[Layer]:
         """The linear layers to measure: by default those which the goals of this device are set on."""
         default = "quick" if self.quick else "square-4096" if self.device.type == "cpu" else "llama-3.1-8b"
@@ -124,6 +128,16 @@ class Training:
         with self.around():
             gradients = torch.autograd.grad(y, leaves, self.upstream, retain_graph=retain_graph)
         return dict(zip(self.leaves, gradients, strict=True))
+
+
+def without_grad(function: Callable[..., torch.Tensor], *args: Any) -> Call:
+    """The call that gives y = function(*args), without a graph."""
+
+    @torch.no_grad()
+    def call() -> Result:
+        return {"y": function(*args)}
+
+    return call
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 
 import peft_kernels as pk
 
-from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Training, Work, checked, dtype_name
+from ..case import FUNCTIONAL, OURS, Case, Goal, Options, Training, Work, checked, dtype_name, without_grad
 from ..inputs import bottleneck, compiled, replaced, unchanged
 from ..peers import adapters_lib, dense, torch_adapter
 
@@ -50,16 +50,9 @@ def inference(options: Options, m: int, k: int, r: int, norm: bool) -> Work:
     layer, exact, x = bottleneck(eager), copy.deepcopy(eager).double(), options.randn(m, k)
     reads, reader = dense.stream(2 * x.nbytes, options.device)
 
-    def without_grad(module: torch.nn.Module, x: torch.Tensor = x) -> Call:
-        @torch.no_grad()
-        def call() -> dict[str, torch.Tensor]:
-            return {"y": module(x)}
-
-        return call
-
-    work = checked(without_grad(exact, x.double()), without_grad(eager))
-    work.add(OURS, "ours", lambda: [without_grad(layer)])
-    work.add(EAGER, "peer", lambda: [without_grad(eager)])
+    work = checked(without_grad(exact, x.double()), without_grad(eager, x))
+    work.add(OURS, "ours", lambda: [without_grad(layer, x)])
+    work.add(EAGER, "peer", lambda: [without_grad(eager, x)])
     work.add(dense.STREAM, "floor", lambda: reads)
     work.notes.append(f"{dense.STREAM}: {2 * x.nbytes} bytes, x and y once, by {reader}")
     return work
@@ -109,8 +102,7 @@ def train(options: Options, m: int, k: int, r: int, norm: bool) -> Work:
     work.add(REPLACED, "ours", lambda: library(replaced), adapters_lib.why_not())
     work.add(EAGER, "peer", lambda: training(eager))
     work.add(adapters_lib.NAME, "peer", lambda: library(unchanged), adapters_lib.why_not())
-    slow = None if options.compiled and not options.quick else "left out of this run: it takes long to compile"
-    work.add(COMPILED, "peer", lambda: training(eager, compiled(eager)), slow)
+    work.add(COMPILED, "peer", lambda: training(eager, compiled(eager)), options.why_not_compiled())
     work.add(FLOOR, "floor", floor)
     work.notes.append(f"{FLOOR}: by the vendor's library, with nothing between them")
     return work

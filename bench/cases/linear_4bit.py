@@ -14,7 +14,7 @@ import peft_kernels as pk
 from peft_kernels import native
 from peft_kernels.ops.linear_4bit import cuda_calls
 
-from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Result, Work, checked, dtype_name
+from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Result, Work, checked, dtype_name, without_grad
 from ..inputs import fresh, nf4_bytes, nf4_weight, replaced, unchanged
 from ..peers import bnb, dense
 from ..shapes import Layer
@@ -56,23 +56,21 @@ def inference(options: Options, m: int, n: int, k: int) -> Work:
     x = options.randn(m, k)
     copies = 1 if options.quick or options.device.type != "cpu" else copies_beyond_cache(weight.nbytes)
 
-    def without_grad(layer: Callable[[torch.Tensor], torch.Tensor]) -> Result:
-        with torch.no_grad():
-            return {"y": layer(x)}
-
     def modules(wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> list[Call]:
         layers = [wrap(torch.nn.Sequential(copy.deepcopy(base)).eval())[0] for _ in range(copies)]
-        return [functools.partial(without_grad, layer) for layer in layers]
+        return [without_grad(layer, x) for layer in layers]
 
     def function(weight: pk.Weight4bit) -> Call:
-        return lambda: without_grad(lambda x: pk.functional.linear_4bit(x, weight))
+        return without_grad(pk.functional.linear_4bit, x, weight)
 
     def cuda(weight: pk.Weight4bit) -> Call:
-        def call() -> Result:
-            with pk.use_backend("native"):
-                return without_grad(lambda x: pk.functional.linear_4bit(x, weight))
+        call = function(weight)
 
-        return call
+        def by_name() -> Result:
+            with pk.use_backend("native"):
+                return call()
+
+        return by_name
 
     def floor() -> list[Call]:
         dense_weights = [weight.dequantize() for _ in range(copies)]

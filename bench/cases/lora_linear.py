@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import peft_kernels as pk
 
-from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Result, Training, Work, checked, dtype_name
+from ..case import FUNCTIONAL, OURS, Call, Case, Goal, Options, Training, Work, checked, dtype_name, without_grad
 from ..inputs import nf4_bytes, nf4_weight, replaced, unchanged
 from ..peers import dense, lorafusion, peft_bnb, unsloth, unsloth_order
 from ..shapes import RANK, Layer
@@ -114,8 +114,7 @@ def train(options: Options, m: int, n: int, k: int, r: int, adapters: torch.dtyp
     work.add(OURS, "ours", lambda: module(replaced), peft_bnb.why_not())
     work.add(FUNCTIONAL, "ours", lambda: training(pk.functional.lora_linear, x, lora_A, lora_B))
     work.add(peft_bnb.NAME, "peer", lambda: module(unchanged), peft_bnb.why_not())
-    left_out = None if options.compiled else "left out of this run: it takes long to compile"
-    work.add(peft_bnb.COMPILED, "peer", compiled, peft_bnb.why_not() or left_out)
+    work.add(peft_bnb.COMPILED, "peer", compiled, peft_bnb.why_not() or options.why_not_compiled())
     work.add(unsloth_order.NAME, "peer", lambda: peer(unsloth_order.lora_linear, base.weight), unsloth_order.why_not())
     work.add(unsloth.NAME, "peer", lambda: peer(unsloth.lora_linear, base.weight), unsloth.why_not(options.device))
     work.add(
@@ -137,19 +136,12 @@ def inference(options: Options, m: int, n: int, k: int, r: int) -> Work:
     lora_A, lora_B = options.randn(r, k, dtype=torch.float32) / k**0.5, options.randn(n, r, dtype=torch.float32) * 0.1
     scaling = 2.0
 
-    def without_grad(function: Callable[[], torch.Tensor]) -> list[Call]:
-        @torch.no_grad()
-        def call() -> Result:
-            return {"y": function()}
-
-        return [call]
-
     def functional(namespace: Any, x: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
         return namespace.lora_linear(x, weight, *adapter, scaling=scaling)
 
     def module(wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> list[Call]:
         layer = wrap(peft_bnb.lora_layer(copy.deepcopy(base), lora_A, lora_B, scaling * r)).proj.eval()
-        return without_grad(lambda: layer(x))
+        return [without_grad(layer, x)]
 
     reads, reader = dense.stream(weight.nbytes, options.device)
     work = checked(
@@ -157,9 +149,9 @@ def inference(options: Options, m: int, n: int, k: int, r: int) -> Work:
         lambda: {"y": functional(pk.reference, x, lora_A, lora_B)},
     )
     work.add(OURS, "ours", lambda: module(replaced), peft_bnb.why_not())
-    work.add(FUNCTIONAL, "ours", lambda: without_grad(lambda: functional(pk.functional, x, lora_A, lora_B)))
+    work.add(FUNCTIONAL, "ours", lambda: [without_grad(functional, pk.functional, x, lora_A, lora_B)])
     work.add(peft_bnb.NAME, "peer", lambda: module(unchanged), peft_bnb.why_not())
-    work.add(WITHOUT, "floor", lambda: without_grad(lambda: pk.functional.linear_4bit(x, weight)))
+    work.add(WITHOUT, "floor", lambda: [without_grad(pk.functional.linear_4bit, x, weight)])
     if m <= 16:
         work.add(dense.STREAM, "floor", lambda: reads)
         work.notes.append(f"streaming read: {weight.nbytes} bytes, as many as the packed weight has, by {reader}")

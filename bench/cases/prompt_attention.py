@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import peft_kernels as pk
 
-from ..case import FUNCTIONAL, Call, Case, Goal, Options, Result, Training, Work, checked, dtype_name
+from ..case import FUNCTIONAL, Case, Goal, Options, Training, Work, checked, dtype_name, without_grad
 
 CONCATENATED, TWICE, PLAIN = "repeat + concatenate", "two attentions", "plain attention"
 
@@ -111,22 +111,12 @@ def decoding(options: Options, b: int, h: int, hkv: int, keys: int, d: int, p: i
     k, v, prefix_k, prefix_v = (t.detach().contiguous() for t in (k, v, prefix_k, prefix_v))
     cache = [torch.cat([prefix.repeat(b, 1, 1, 1), t], dim=2) for prefix, t in ((prefix_k, k), (prefix_v, v))]
 
-    def usual() -> Result:
-        return {"y": F.scaled_dot_product_attention(q, *cache, enable_gqa=h != hkv)}
-
-    def reference() -> Result:
-        return {"y": pk.reference.prefix_attention(*(t.double() for t in (q, k, v, prefix_k, prefix_v)))}
-
-    def ours() -> Result:
-        return {"y": pk.functional.prefix_attention(q, k, v, prefix_k, prefix_v)}
-
-    def without_grad(call: Callable[[], Result]) -> list[Call]:
-        return [torch.no_grad()(call)]
-
-    work = checked(reference, usual)
-    work.add(FUNCTIONAL, "ours", lambda: without_grad(ours))
-    work.add(CONCATENATED, "peer", lambda: without_grad(usual))
-    work.add(PLAIN, "floor", lambda: without_grad(lambda: {"y": plain(q, k, v)}))
+    tensors = q, k, v, prefix_k, prefix_v
+    usual = without_grad(partial(F.scaled_dot_product_attention, enable_gqa=h != hkv), q, *cache)
+    work = checked(without_grad(pk.reference.prefix_attention, *(t.double() for t in tensors)), usual)
+    work.add(FUNCTIONAL, "ours", lambda: [without_grad(pk.functional.prefix_attention, *tensors)])
+    work.add(CONCATENATED, "peer", lambda: [usual])
+    work.add(PLAIN, "floor", lambda: [without_grad(plain, q, k, v)])
     return work
 
 

@@ -74,7 +74,7 @@ def train(options: Options, method: str, m: int, n: int, k: int) -> Work:
     work.add(OURS, "ours", lambda: module(replaced), peer.why_not())
     work.add(FUNCTIONAL, "ours", lambda: training(pk.functional))
     work.add(peer.NAME, "peer", lambda: module(unchanged), peer.why_not())
-    slow = None if options.compiled and not options.quick else "left out of this run: it takes long to compile"
+    slow = options.why_not_compiled()
     work.add(f"{peer.NAME}, compiled", "peer", lambda: module(unchanged, compiled), slow or peer.why_not())
     work.add(FROZEN, "floor", frozen)
     work.notes.append(f"{FROZEN}: forward + dX of linear_4bit")

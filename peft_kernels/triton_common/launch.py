@@ -53,6 +53,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def power_of_two(n: int) -> int:
+    """The least one that is not below n >= 1; as above."""
+    return 1 << (n - 1).bit_length()
+
+
 def target(device: torch.device) -> Target:
     """The target that a launch on `device` is for."""
     if _recording is not None:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .device import apply_dropout, lora_seed
-from .launch import cdiv, launch, target
+from .launch import cdiv, launch, power_of_two, target
 
 
 class LowRank(NamedTuple):
@@ -53,7 +53,7 @@ NO_LOW_RANK: dict[str, Any] = {
 
 def block_r(rank: int) -> int:
     """Columns of a rank tile: at least the 16 that a tensor-core product takes, at most 64 at a time."""
-    return min(max(1 << (rank - 1).bit_length(), 16), 64)
+    return min(max(power_of_two(rank), 16), 64)
 
 
 def dropout_arguments(p: float, seed: torch.Tensor | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Target, cdiv, launch
+from .launch import Target, cdiv, launch, power_of_two
 
 
 def split_count(programs: int, steps: int, most: int, on: Target) -> int:
@@ -30,7 +30,7 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> t
         scale=scale,
         numel=numel,
         planes=count,
-        PLANES=min(8, 1 << (count - 1).bit_length()),
+        PLANES=min(8, power_of_two(count)),
         BLOCK=block,
         num_warps=4,
     )
@@ -49,3 +49,14 @@ def _sum_planes_kernel(planes_ptr, out_ptr, scale, numel, planes, PLANES: tl.con
         acc += tl.load(planes_ptr, mask=(first + plane < planes) & inside[None, :], other=0.0)
         planes_ptr += tl.cast(numel, tl.int64) * PLANES
     tl.store(out_ptr + offset, (tl.sum(acc, 0) * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def rows_at_once(block_m: int, columns: int, element_size: int, num_warps: int) -> int:
+    """Rows of a tile that all threads read at once, 16 bytes each: what `part_sums` keeps apart."""
+    return max(1, min(block_m, 512 * num_warps // (columns * element_size)))
+
+
+@triton.jit
+def part_sums(x, ROWS: tl.constexpr):
+    """Sums over every ROWS-th row of a tile: a thread adds its own rows, none waits for another."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // ROWS, ROWS, x.shape[1]]), 0)

@@ -15,25 +15,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16 = torch.bfloat16
 
 
-def four_bit(model, dtype=BF16):
-    """The model on the device, its linear layers in bitsandbytes' 4 bits; they are quantized there."""
-    bnb = pytest.importorskip("bitsandbytes")
-    for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear and "lora" not in name and "lm_head" not in name:
-            layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype,
-                                      quant_type="nf4")  # fmt: skip
-            layer.load_state_dict(module.state_dict())
-            model.set_submodule(name, layer)
-    return model.to(DEVICE)
-
-
-def qlora(r=8):
+def qlora():
     """A tiny QLoRA model on the device, adapters in float32 as PEFT makes them, and the batch."""
-    peft = pytest.importorskip("peft")
-    base = four_bit(tiny_llama_base(dtype=BF16))
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=r, target_modules="all-linear", init_lora_weights=False)
-    return peft.get_peft_model(base, config).to(DEVICE), tokens().to(DEVICE)
+    pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
+    return tiny_llama("undeclared-4bit", BF16, DEVICE), tokens().to(DEVICE)
 
 
 def gradients(model, ids):
@@ -68,7 +53,7 @@ def test_lora_model(kind):
     if kind == "4bit":
         model, ids = qlora()
     else:
-        model, ids = tiny_llama(dtype=BF16).to(DEVICE), tokens().to(DEVICE)
+        model, ids = tiny_llama(dtype=BF16, device=DEVICE), tokens().to(DEVICE)
     exact, theirs = gradients(in_float64(model), ids), gradients(copy.deepcopy(model), ids)
     report = pk.replace_layers(model)
     assert report.counts["replaced"] == 14 and not report.left, str(report)
@@ -91,12 +76,10 @@ def test_generation():
 
 
 def test_training_under_autocast_and_checkpointing():
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft")
     results = []
     for checkpointing in (False, True):
-        torch.manual_seed(1)
-        config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.2)
-        model = peft.get_peft_model(tiny_llama_base().to(DEVICE), config).to(DEVICE).train()
+        model = tiny_llama(device=DEVICE, lora_dropout=0.2).train()
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -176,7 +159,7 @@ def test_other_methods(method):
         "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
         "adaption": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=5, adapter_layers=2),
     }
-    model, ids = tiny_llama_base().to(DEVICE), tokens().to(DEVICE)
+    model, ids = tiny_llama_base(device=DEVICE), tokens().to(DEVICE)
     if method in configs:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -23,8 +23,8 @@ class One(nn.Module):
         return self.proj(x)
 
 
-def four_bit(linear, compute_dtype=None, quant_type="nf4", compress_statistics=True, **options):
-    """A bitsandbytes Linear4bit with the weight of `linear`, quantized on the CPU."""
+def four_bit(linear, compute_dtype=None, quant_type="nf4", compress_statistics=True, device="cpu", **options):
+    """A bitsandbytes Linear4bit with the weight of `linear`, quantized on the device."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(
@@ -38,7 +38,7 @@ def four_bit(linear, compute_dtype=None, quant_type="nf4", compress_statistics=T
     )
     layer.load_state_dict(linear.state_dict())
     layer.bias = linear.bias
-    return layer.to("cpu")
+    return layer.to(device)
 
 
 def lora_model(kind, k=128, n=48, dtype=torch.bfloat16, bias=True, adapter_dtype=None, adapters=("default",), **config):
@@ -84,18 +84,18 @@ def ia3_model(
     return model, layer
 
 
-def tiny_llama(kind="dense", dtype=torch.float32, **config):
+def tiny_llama(kind="dense", dtype=torch.float32, device="cpu", **config):
     """A random two-layer Llama with LoRA on all its projections."""
     from peft import LoraConfig, get_peft_model
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     options = {"r": 4, "lora_alpha": 8, "target_modules": targets, "init_lora_weights": False, **config}
-    model = tiny_llama_base(kind, dtype)
+    model = tiny_llama_base(kind, dtype, device)
     torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(**options))
+    return get_peft_model(model, LoraConfig(**options)).to(device)
 
 
-def tiny_llama_base(kind="dense", dtype=torch.float32):
+def tiny_llama_base(kind="dense", dtype=torch.float32, device="cpu"):
     """The same without LoRA."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -113,9 +113,9 @@ def tiny_llama_base(kind="dense", dtype=torch.float32):
     if kind != "dense":
         for name, module in list(model.model.named_modules()):
             if isinstance(module, nn.Linear):
-                model.model.set_submodule(name, four_bit(module, dtype))
+                model.model.set_submodule(name, four_bit(module, dtype, device=device))
         model.is_loaded_in_4bit = kind == "4bit"
-    return model
+    return model.to(device)
 
 
 def tokens(rows=2, length=7):

@@ -12,7 +12,7 @@ from ...dropout import scale_mask
 from ...triton_common.device import dot_wide, dropout_keep
 from ...triton_common.launch import Target, cdiv, launch, target
 from ...triton_common.lowrank import block_r, dropout_arguments
-from ...triton_common.planes import split_count
+from ...triton_common.planes import part_sums, rows_at_once, split_count
 
 
 class Products(NamedTuple):
@@ -77,9 +77,8 @@ def column_products(
         FOLDED=stats is not None and v.dtype == dtype == torch.bfloat16,
         OPERAND={torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype],
         PIECES=pieces,
-        # what the threads of one pass over a tile hold, 16 bytes each: sums over the rest take no other thread
-        ROWS=min(tile["BLOCK_M"], 512 * tile["num_warps"] // (tile["BLOCK_C"] * v.element_size())),
-        T_ROWS=min(tile["BLOCK_M"], 512 * tile["num_warps"] // (tile["BLOCK_R"] * t.element_size())),
+        ROWS=rows_at_once(tile["BLOCK_M"], tile["BLOCK_C"], v.element_size(), tile["num_warps"]),
+        T_ROWS=rows_at_once(tile["BLOCK_M"], tile["BLOCK_R"], t.element_size(), tile["num_warps"]),
         STAGES=tile["num_stages"],
         **tile,
     )
@@ -120,12 +119,6 @@ def _tile(pieces: int, rank: int, normed: bool, on: Target) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_C": block_c, "BLOCK_R": tile_r, "num_warps": warps, "num_stages": stages}
 
 
-@triton.jit
-def _part_sums(x, ROWS: tl.constexpr):
-    """Sums over every ROWS-th row of a tile."""
-    return tl.sum(tl.reshape(x, [x.shape[0] // ROWS, ROWS, x.shape[1]]), 0)
-
-
 @triton.jit(do_not_specialize=["threshold"])
 def _bottleneck_columns_kernel(
     v_ptr, t_ptr, stats_ptr, gate_ptr, out_ptr, sums_ptr, t_sums_ptr, seed_ptr, M, C, rank, m_per_split, threshold,
@@ -155,13 +148,13 @@ def _bottleneck_columns_kernel(
         v = tl.load(v_ptr + row * stride_vm + c[None, :], mask=m_in & (c < C)[None, :], other=0.0)
         t = tl.load(t_ptr + row * rank + r[None, :], mask=m_in & (r < rank)[None, :], other=0.0)
         if t_sums_ptr is not None:
-            t_sums += _part_sums(t.to(tl.float32), T_ROWS)
+            t_sums += part_sums(t.to(tl.float32), T_ROWS)
         if stats_ptr is not None:
             mean = tl.load(stats_ptr + m, mask=m < M, other=0.0)
             inverse_std = tl.load(stats_ptr + M + m, mask=m < M, other=0.0)
             if FOLDED:
                 t = (t.to(tl.float32) * inverse_std[:, None]).to(OPERAND)
-                of_mean += _part_sums(t.to(tl.float32) * mean[:, None], T_ROWS)
+                of_mean += part_sums(t.to(tl.float32) * mean[:, None], T_ROWS)
             else:
                 v = (v.to(tl.float32) - mean[:, None]) * inverse_std[:, None]
         if DROPOUT:
@@ -170,7 +163,7 @@ def _bottleneck_columns_kernel(
             weighted = v.to(tl.float32)
             if gate_ptr is not None:
                 weighted *= tl.load(gate_ptr + m, mask=m < M, other=0.0).to(tl.float32)[:, None]
-            sums += _part_sums(weighted, ROWS)
+            sums += part_sums(weighted, ROWS)
         if PIECES == 1:
             v = v.to(OPERAND)
         # a tile is summed apart: over many rows the tensor cores would lose more than float32's rounding does

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...triton_common.activation import activate
 from ...triton_common.device import apply_dropout, dot, dot_wide
-from ...triton_common.launch import launch
+from ...triton_common.launch import launch, power_of_two
 
 # How layer norm enters the product with Wd: not at all; in Wd, with x as it is; in x.
 NO_NORM, FOLDED, NORMED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -41,7 +41,7 @@ def fold_norm(
         K=k,
         rank=rank,
         stride_dr=down.stride(0),
-        BLOCK=min(4096, triton.next_power_of_2(k)),
+        BLOCK=min(4096, power_of_two(k)),
         num_warps=8,
     )
     return folded, vectors

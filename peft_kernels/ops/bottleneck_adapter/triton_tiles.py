@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-import triton
 
-from ...triton_common.launch import Target, cdiv
+from ...triton_common.launch import Target, cdiv, power_of_two
 
 
 def fused(rank: int, *counts: int) -> bool:
@@ -30,7 +29,7 @@ def tile_for(m: int, rank: int, pieces: int, on: Target, backward: bool = False)
     H100, M = 8192, K = N = 4096, r = 64, bfloat16: forward 82 us, with layer norm 86 (by 32 x 256 tiles 80 and 137);
     backward over rows 80 and 106; a copy of x takes 50.
     """
-    tile_r, stages = max(16, triton.next_power_of_2(rank)), 2 if on.kind == "hip" else 3
+    tile_r, stages = max(16, power_of_two(rank)), 2 if on.kind == "hip" else 3
     if pieces > 1:  # three or six products a step
         block_m, block, warps = 32, 16, 4
     elif on.arch == 90 and tile_r <= 64:
@@ -46,7 +45,7 @@ def tile_for(m: int, rank: int, pieces: int, on: Target, backward: bool = False)
         elif tile_r > 128 and on.kind == "hip":  # with twice the registers a lane
             warps = 4
     return {
-        "BLOCK_M": max(16, min(block_m, triton.next_power_of_2(m))),
+        "BLOCK_M": max(16, min(block_m, power_of_two(m))),
         "BLOCK": block,
         "BLOCK_R": min(tile_r, 64) if backward else tile_r,
         **({"RANKS": cdiv(rank, 64)} if backward else {}),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ...triton_common.device import dot_wide, dropout_keep
-from ...triton_common.launch import cdiv, launch, target
+from ...triton_common.launch import cdiv, launch, power_of_two, target
 from ...triton_common.lowrank import block_r, dropout_arguments
 from ...triton_common.planes import split_count, sum_planes
 from .triton_tiles import da_tile, dy_tile, options, pieces, shrink_tile, stages
@@ -18,7 +18,7 @@ def shrink(x: torch.Tensor, lora_A: torch.Tensor, p: float, seed: torch.Tensor |
     m, k = x.shape
     rank, on = lora_A.shape[0], target(x.device)
     tile = shrink_tile(pieces(x, lora_A), m, on)
-    block_m, block_k = max(16, min(tile.block_m, 1 << (m - 1).bit_length())), tile.block
+    block_m, block_k = max(16, min(tile.block_m, power_of_two(m))), tile.block
     tile_r = min(block_r(rank), tile.block_r, 32 if p else tile.block_r)  # a mask beside 64 columns spills on sm_80
     grid = (cdiv(m, block_m), cdiv(rank, tile_r))
     steps = cdiv(k, block_k)

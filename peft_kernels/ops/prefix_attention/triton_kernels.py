@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...triton_common import why_not_tensors
-from ...triton_common.launch import cdiv, launch, target
+from ...triton_common.launch import cdiv, launch, power_of_two, target
 from ...triton_common.planes import split_count, sum_planes
 from . import explicit, library
 from .arguments import rows_of_heads
@@ -214,18 +214,13 @@ def _tiles(q: torch.Tensor) -> _Tiles:
 
 def _clamped(tile: _Tile, q: torch.Tensor, prompt: torch.Tensor) -> _Tile:
     """No wider than the queries and the prompt; a matrix product takes 16 rows at least."""
-    length, tokens = (max(16, _power_of_two(t.shape[-2])) for t in (q, prompt))
+    length, tokens = (max(16, power_of_two(t.shape[-2])) for t in (q, prompt))
     return tile._replace(block_l=min(tile.block_l, length), block_p=min(tile.block_p, tokens))
 
 
 def _key(q: torch.Tensor) -> tuple[bool, int]:
     """Of the tables of tiles."""
-    return q.dtype != torch.float32, max(64, _power_of_two(q.shape[3]))
-
-
-def _power_of_two(n: int) -> int:
-    """The next one; Triton's own takes microseconds of a call that has few of them."""
-    return 1 << (n - 1).bit_length()
+    return q.dtype != torch.float32, max(64, power_of_two(q.shape[3]))
 
 
 def _strides(letter: str, t: torch.Tensor | None) -> dict[str, int]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ...triton_common import why_not_tensors
-from ...triton_common.launch import cdiv, launch
+from ...triton_common.launch import cdiv, launch, power_of_two
 
 _BLOCK = 1024  # columns of a program: 16 bytes a thread for 16-bit rows with four warps
 
@@ -20,7 +20,7 @@ def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None
 
 
 def _block(hidden: int) -> int:
-    return min(_BLOCK, triton.next_power_of_2(hidden))
+    return min(_BLOCK, power_of_two(hidden))
 
 
 def forward(input_ids: torch.Tensor, weight: torch.Tensor, prompt: torch.Tensor, out: torch.Tensor) -> None:

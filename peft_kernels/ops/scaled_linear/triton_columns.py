@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 
 from ...triton_common.launch import cdiv, launch, target
-from ...triton_common.planes import split_count, sum_planes
+from ...triton_common.planes import part_sums, rows_at_once, split_count, sum_planes
 
 # Bytes of a tile's column, and its columns: a warp reads one whole row of 16-bit elements, 16 bytes a thread. Measured
 # on H100, M = 8192, before tiles were fetched ahead: sums of 4096 columns 51 us, by tiles of 128 columns 78; of 14336
 # columns 130 and 245.
-_COLUMN, _BLOCK_N, _WARPS = 64, 256, 4
+_COLUMN_BYTES, _BLOCK_N, _WARPS = 64, 256, 4
 _STAGES = 3  # a tile is added while the next are on their way; what is only scaled is as fast as a copy without
 _STEPS = 4  # at least, of a part of the rows: sums of many short parts round more often than those of long ones
 
@@ -29,7 +29,7 @@ def columns(
     if out is None and not sums and times is None:
         return None, None
     m, n = u.shape
-    block_m = _COLUMN // u.element_size()
+    block_m = _COLUMN_BYTES // u.element_size()
     programs, steps = cdiv(n, _BLOCK_N), cdiv(m, block_m)
     reduces = sums or times is not None
     on, most = target(u.device), cdiv(steps, _STEPS)
@@ -55,8 +55,7 @@ def columns(
         stride_om=0 if out is None else out.stride(0),
         BLOCK_M=block_m,
         BLOCK_N=_BLOCK_N,
-        # the rows that all threads read at once: a thread adds its own of a tile, and only at the end those of others
-        ROWS=max(1, min(block_m, 512 * _WARPS // (_BLOCK_N * u.element_size()))),
+        ROWS=rows_at_once(block_m, _BLOCK_N, u.element_size(), _WARPS),
         STAGES=1 if not reduces else 2 if on.kind == "hip" else _STAGES,
         num_warps=_WARPS,
     )
@@ -82,10 +81,10 @@ def _column_pass_kernel(
         inside = (m < M - m0)[:, None] & (n < N)[None, :]
         u = tl.load(u_ptr + row * stride_um + n[None, :], mask=inside, other=0.0).to(tl.float32)
         if sums_ptr is not None:
-            sums += tl.sum(tl.reshape(u, [BLOCK_M // ROWS, ROWS, BLOCK_N]), 0)
+            sums += part_sums(u, ROWS)
         if products_ptr is not None:
             v = tl.load(v_ptr + row * stride_vm + n[None, :], mask=inside, other=0.0).to(tl.float32)
-            products += tl.sum(tl.reshape(u * v, [BLOCK_M // ROWS, ROWS, BLOCK_N]), 0)
+            products += part_sums(u * v, ROWS)
         if out_ptr is not None:
             to = out_ptr + row * stride_om + n[None, :]
             tl.store(to, (u * scale[None, :]).to(out_ptr.dtype.element_ty), mask=inside)
