@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 # GCC 12's own AVX-512 header reads its deliberately undefined registers, hundreds of warnings a file (GCC bug 105593).
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # A file's suffix selects the instructions it may use; csrc/cpu/isa.cpp decides at run time which files are entered.
-ISA_FLAGS = {"_avx512bf16": [*AVX512, "-mavx512bf16"], "_avx512": AVX512, "_avx2": AVX2}
+ISA_FLAGS = {"_avx512bf16": [*AVX512, "-mavx512vbmi", "-mavx512bf16"], "_avx512": AVX512, "_avx2": AVX2}
 
 # -ffp-contract=off: a product and a sum must round separately where bitsandbytes rounds them separately;
 # kernels ask for fused multiply-add by name.

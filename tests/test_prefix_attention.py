@@ -12,9 +12,10 @@ from peft_kernels import dispatch
 OP = "prefix_attention"
 # B, H, Hkv, L, S, D, P
 SHAPES = {
-    "one-row": (32, 4, 4, 1, 1, 32, 1),  # the one score gradient of a row is luck: many rows
-    "decode": (3, 4, 4, 1, 37, 64, 5),
-    "decode-grouped": (2, 6, 2, 1, 70, 128, 17),
+    # one row has one weight for each key, whose error all gradients share, and that is luck: many rows
+    "one-row": (32, 4, 4, 1, 1, 32, 1),
+    "decode": (24, 4, 4, 1, 37, 64, 5),
+    "decode-grouped": (24, 6, 2, 1, 70, 128, 17),
     "primes": (2, 3, 3, 31, 31, 80, 7),
     "grouped": (2, 8, 2, 37, 37, 64, 20),
     "one-kv-head": (1, 5, 1, 65, 65, 32, 33),

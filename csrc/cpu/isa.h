@@ -6,7 +6,7 @@
 
 namespace peft_kernels {
 
-// avx512 means F, BW, DQ, VL and VBMI (Ice Lake, Zen 4 and later); older AVX-512 machines run the AVX2 kernels.
+// avx512 means F, BW, DQ and VL (Skylake-X and later); avx512bf16 means VBMI and BF16 too (Zen 4, Sapphire Rapids).
 enum class Isa { Scalar = 0, Avx2 = 1, Avx512 = 2, Avx512Bf16 = 3 };
 
 // The level in force. The first call reads PEFT_KERNELS_ISA, which can only lower it; an unknown name throws.

@@ -1,5 +1,6 @@
-// Decode in natural order with three instructions per 32 weights: widen words to quadwords (vpmovzxwq), spread each
-// word's four nibbles over its quadword (vpmultishiftqb), look them up (vpermw in a table of the scaled codes).
+// Decode in natural order with three instructions per 32 weights: put each byte where its two elements go (vpshufb),
+// shift each element's nibble down (vpsrlvw), look them up (vpermw in a table of the scaled codes). VBMI's
+// vpmultishiftqb would save no instruction, and Skylake and Cascade Lake lack it.
 #include <immintrin.h>
 
 #include "cpu/nf4_kernels.h"
@@ -28,19 +29,24 @@ inline __m512i f16_table(__m512 code, float scale) {
   return _mm512_broadcast_i64x4(_mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// 16 packed bytes -> 32 elements of two bytes.
-inline __m512i lookup32(__m512i table, __m128i packed) {
-  // Per quadword, whose low word is bytes b0 b1: words at bits 4 (b0 high), 0 (b0 low), 12 (b1 high), 8 (b1 low).
+// 16 packed bytes in every quarter -> 32 elements of two bytes.
+inline __m512i lookup32(__m512i table, __m512i packed) {
+  // Words b0b1 b0b1 b0b1 b0b1, b2b3 ...: of each four, the nibbles at bits 4 (b0 high), 0 (b0 low), 12 and 8.
+  const __m512i order = _mm512_add_epi8(
+      _mm512_broadcast_i32x4(_mm_set_epi64x(0x0302030203020302, 0x0100010001000100)),
+      _mm512_set_epi32(0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c, 0x08080808, 0x08080808, 0x08080808, 0x08080808,
+                       0x04040404, 0x04040404, 0x04040404, 0x04040404, 0, 0, 0, 0));
   const __m512i shifts = _mm512_set1_epi64(0x0008000c00000004);
-  const __m512i nibbles = _mm512_multishift_epi64_epi8(shifts, _mm512_cvtepu16_epi64(packed));
-  return _mm512_permutexvar_epi16(nibbles, table);
+  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(_mm512_shuffle_epi8(packed, order), shifts), table);
 }
 
-// 8 packed bytes in every quadword -> 16 floats; vpermps reads 4 index bits.
+// 8 packed bytes at the start of every quarter -> 16 floats; vpermps reads 4 index bits.
 inline __m512 lookup16(__m512 table, __m512i packed) {
-  const __m512i shifts = _mm512_set_epi64(0x380000003c, 0x3000000034, 0x280000002c, 0x2000000024,  //
-                                          0x180000001c, 0x1000000014, 0x080000000c, 0x0000000004);
-  return _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shifts, packed), table);
+  // Byte i in both halves of quadword i: of each two, the nibbles at bits 4 and 0.
+  const __m512i order = _mm512_set_epi64(7ll << 32 | 7, 6ll << 32 | 6, 5ll << 32 | 5, 4ll << 32 | 4,  //
+                                         3ll << 32 | 3, 2ll << 32 | 2, 1ll << 32 | 1, 0);
+  const __m512i shifts = _mm512_set1_epi64(0x0000000000000004);
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_shuffle_epi8(packed, order), shifts), table);
 }
 
 template <bool stream>
@@ -52,14 +58,14 @@ inline void store(void* out, __m512i value) {
   }
 }
 
-inline __m128i load_tail(const uint8_t* packed, int64_t elements) {
-  return _mm_maskz_loadu_epi8(__mmask16((1u << (elements + 1) / 2) - 1), packed);
+inline __m512i load_tail(const uint8_t* packed, int64_t elements) {
+  return _mm512_broadcast_i32x4(_mm_maskz_loadu_epi8(__mmask16((1u << (elements + 1) / 2) - 1), packed));
 }
 
 template <bool stream>
 inline void run_half(__m512i table, const uint8_t* packed, int64_t count, uint16_t* out) {
   for (; count >= 32; count -= 32, packed += 16, out += 32)
-    store<stream>(out, lookup32(table, _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed))));
+    store<stream>(out, lookup32(table, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)packed))));
   if (count > 0) _mm512_mask_storeu_epi16(out, __mmask32((1u << count) - 1), lookup32(table, load_tail(packed, count)));
 }
 
@@ -72,7 +78,7 @@ inline void run_float(__m512 table, const uint8_t* packed, int64_t count, float*
   }
   if (count > 0)
     _mm512_mask_storeu_ps(out, __mmask16((1u << count) - 1),
-                          lookup16(table, _mm512_broadcastq_epi64(load_tail(packed, count))));
+                          lookup16(table, load_tail(packed, count)));
 }
 
 template <DType dtype, bool stream, typename Out>

@@ -39,8 +39,8 @@ def test_numbers(backend, kind, dtype, adapter_dtype):
 def test_numbers_of_options(kind, options):
     _, layer = lora_model(kind, **options)
     k = options.get("k", 128)
-    check_layer(layer, inputs(shape=(2, 3, k)))
-    check_layer(layer, inputs(shape=(1, k)))
+    check_layer(layer, inputs(shape=(2, 3, k)), draws=16)
+    check_layer(layer, inputs(shape=(1, k)), draws=16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
