@@ -25,7 +25,7 @@ inline float sum(__m256 v) {
 constexpr int64_t kRun = 1024;  // products summed apart: one long sum errs more than twice as much as eager's blocks
 
 template <int MR, int NR>
-void dot(const Linear4SmallTile& tile, int64_t m, int64_t n, float* sums) {
+void dot(const Linear4SmallTile& tile, const float* scales, int64_t m, int64_t n, float* sums) {
   const Weight4& w = *tile.weight;
   const float* code = w.book().code;
   const int64_t per_row = w.K / w.blocksize;
@@ -39,7 +39,7 @@ void dot(const Linear4SmallTile& tile, int64_t m, int64_t n, float* sums) {
     __m256 lower[NR], upper[NR];
 #pragma GCC unroll 4
     for (int j = 0; j < NR; ++j) {
-      const __m256 scale = _mm256_set1_ps(w.scale((n + j) * per_row + block));
+      const __m256 scale = _mm256_set1_ps(scales[j * per_row + block]);
       lower[j] = rounded(_mm256_mul_ps(_mm256_loadu_ps(code), scale), tile.dtype);
       upper[j] = rounded(_mm256_mul_ps(_mm256_loadu_ps(code + 8), scale), tile.dtype);
     }
@@ -82,10 +82,11 @@ void dot(const Linear4SmallTile& tile, int64_t m, int64_t n, float* sums) {
 
 void linear4_small_avx2(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* sums) {
   for (int64_t n = n0; n < n1; ++n) {
+    const float* scales = tile.scales + (n - n0) * (tile.weight->K / tile.weight->blocksize);
     int64_t m = 0;
-    for (; m + 4 <= tile.M; m += 4) dot<4, 1>(tile, m, n, sums + n - n0);
-    for (; m + 2 <= tile.M; m += 2) dot<2, 1>(tile, m, n, sums + n - n0);
-    if (m < tile.M) dot<1, 1>(tile, m, n, sums + n - n0);
+    for (; m + 4 <= tile.M; m += 4) dot<4, 1>(tile, scales, m, n, sums + n - n0);
+    for (; m + 2 <= tile.M; m += 2) dot<2, 1>(tile, scales, m, n, sums + n - n0);
+    if (m < tile.M) dot<1, 1>(tile, scales, m, n, sums + n - n0);
   }
 }
 

@@ -19,7 +19,7 @@ inline __m512 rounded_table(__m512 code, float scale, DType dtype) {
 }
 
 template <int MR, int NR>
-void dot(const Linear4SmallTile& tile, int64_t m, int64_t n, float* sums) {
+void dot(const Linear4SmallTile& tile, const float* scales, int64_t m, int64_t n, float* sums) {
   const Weight4& w = *tile.weight;
   const __m512 code = _mm512_loadu_ps(w.book().code);
   const int64_t per_row = w.K / w.blocksize;
@@ -32,7 +32,7 @@ void dot(const Linear4SmallTile& tile, int64_t m, int64_t n, float* sums) {
   for (int64_t block = 0; block < per_row; ++block) {
     __m512 table[NR];
 #pragma GCC unroll 4
-    for (int j = 0; j < NR; ++j) table[j] = rounded_table(code, w.scale((n + j) * per_row + block), tile.dtype);
+    for (int j = 0; j < NR; ++j) table[j] = rounded_table(code, scales[j * per_row + block], tile.dtype);
     for (int64_t k = block * w.blocksize; k < (block + 1) * w.blocksize; k += 64) {
 #pragma GCC unroll 4
       for (int t = 0; t < 4; ++t) {
@@ -60,20 +60,21 @@ void dot(const Linear4SmallTile& tile, int64_t m, int64_t n, float* sums) {
 }
 
 template <int NR>
-void dot_rows(const Linear4SmallTile& tile, int64_t n, float* sums) {
+void dot_rows(const Linear4SmallTile& tile, const float* scales, int64_t n, float* sums) {
   int64_t m = 0;
-  for (; m + 4 <= tile.M; m += 4) dot<4, NR>(tile, m, n, sums);
-  if (tile.M - m == 3) dot<3, NR>(tile, m, n, sums);
-  if (tile.M - m == 2) dot<2, NR>(tile, m, n, sums);
-  if (tile.M - m == 1) dot<1, NR>(tile, m, n, sums);
+  for (; m + 4 <= tile.M; m += 4) dot<4, NR>(tile, scales, m, n, sums);
+  if (tile.M - m == 3) dot<3, NR>(tile, scales, m, n, sums);
+  if (tile.M - m == 2) dot<2, NR>(tile, scales, m, n, sums);
+  if (tile.M - m == 1) dot<1, NR>(tile, scales, m, n, sums);
 }
 
 }  // namespace
 
 void linear4_small_avx512(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* sums) {
+  const int64_t per_row = tile.weight->K / tile.weight->blocksize;
   int64_t n = n0;
-  for (; n + 4 <= n1; n += 4) dot_rows<4>(tile, n, sums + n - n0);
-  for (; n < n1; ++n) dot_rows<1>(tile, n, sums + n - n0);
+  for (; n + 4 <= n1; n += 4) dot_rows<4>(tile, tile.scales + (n - n0) * per_row, n, sums + n - n0);
+  for (; n < n1; ++n) dot_rows<1>(tile, tile.scales + (n - n0) * per_row, n, sums + n - n0);
 }
 
 }  // namespace peft_kernels

@@ -57,7 +57,8 @@ struct Linear4SmallTile {
       x;  // [M, K]; in every 64 elements, element 8 j + (s ^ 1) sits at 8 s + j: the order of nibbles s of dwords j
   int64_t M;
   const Weight4* weight;
-  DType dtype;  // that weights are rounded to
+  DType dtype;          // that weights are rounded to
+  const float* scales;  // [n1 - n0, K / blocksize], of the columns that the kernel is called for
 };
 // sums[m][n - n0] for columns [n0, n1), n1 - n0 <= kLinear4SmallLanes; rows of sums are kLinear4SmallLanes apart.
 using Linear4SmallKernel = void (*)(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* sums);
@@ -65,7 +66,7 @@ void linear4_small_avx2(const Linear4SmallTile& tile, int64_t n0, int64_t n1, fl
 void linear4_small_avx512(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* sums);
 
 // This thread's 64-byte aligned scratch, kept between calls because fresh pages cost more than the kernels do.
-enum class Linear4Scratch { Panel, Sums, Terms, Input, Count };
+enum class Linear4Scratch { Panel, Sums, Terms, Input, Scales, Count };
 void* linear4_scratch(Linear4Scratch slot, size_t bytes);
 
 }  // namespace peft_kernels

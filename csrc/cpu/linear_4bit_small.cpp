@@ -4,6 +4,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/linear_4bit_kernels.h"
+#include "cpu/nf4_kernels.h"
 #include "cpu/threads.h"
 
 namespace peft_kernels {
@@ -28,7 +29,7 @@ void small_scalar(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* s
   for (int64_t n = n0; n < n1; ++n) {
     float partial[kLinear4SmallRows][kPartials] = {};
     for (int64_t k = 0; k < w.K; k += 64) {
-      const float scale = w.scale((n * w.K + k) / w.blocksize);
+      const float scale = tile.scales[(n - n0) * (w.K / w.blocksize) + k / w.blocksize];
       float table[16], decoded[64];
       for (int i = 0; i < 16; ++i) table[i] = round_to(w.book().code[i] * scale, tile.dtype);
       const uint8_t* packed = w.packed + (n * w.K + k) / 2;
@@ -102,17 +103,20 @@ void linear4_small_forward(const Linear4Job& job, int threads) {
   const Weight4& w = *job.weight;
   float* x = static_cast<float*>(linear4_scratch(Linear4Scratch::Input, size_t(job.M * w.K) * sizeof(float)));
   for (int64_t m = 0; m < job.M; ++m) prepare_row(job.in, m * job.ld_in, job.dtype, w.K, x + m * w.K);
-  const Linear4SmallTile tile = {x, job.M, &w, job.dtype};
   const Linear4SmallKernel kernel = small_kernel();
   const PaddedTerms terms(job);
   const int64_t items = (w.N + kLanes - 1) / kLanes;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t item = 0; item < items; ++item) {
     const int64_t n0 = item * kLanes, n1 = std::min(w.N, n0 + kLanes);
+    // Beforehand, since each by itself would cost a division: on Skylake longer than the products of its block.
+    const int64_t blocks = w.K / w.blocksize, count = (n1 - n0) * blocks;
+    float* scales = static_cast<float*>(linear4_scratch(Linear4Scratch::Scales, size_t(count) * sizeof(float)));
+    fill_scales(w, n0 * blocks, count, scales);
     float* sums =
         static_cast<float*>(linear4_scratch(Linear4Scratch::Sums, size_t(kLinear4SmallRows * kLanes) * sizeof(float)));
     float* right = static_cast<float*>(linear4_scratch(Linear4Scratch::Terms, size_t(terms.width + 1) * sizeof(float)));
-    kernel(tile, n0, n1, sums);
+    kernel({x, job.M, &w, job.dtype, scales}, n0, n1, sums);
     finish(job, terms, n0, n1, sums, right);
   }
 }

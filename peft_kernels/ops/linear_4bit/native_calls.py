@@ -5,22 +5,15 @@ On a CUDA device: see cuda_calls.py.
 
 from __future__ import annotations
 
-import threading
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 
 from ... import native
 from ...weight4bit import Weight4bit
-from ..nf4.native_calls import dequantize, native_weight
-from . import cuda_calls
+from ..nf4.native_calls import native_weight
+from . import cuda_calls, native_vendor
 
 # What the fused kernels add to their result before the one rounding: (left, right, scaling) and so on; see csrc.
 Term = tuple
-
-_scratch = threading.local()
-
 
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why the native core cannot serve such tensors."""
@@ -48,7 +41,7 @@ def forward(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None) -> t
         return cuda_calls.forward(x, weight, bias)
     if fused_forward(x.shape[0], x.dtype, weight):
         return forward_fused(x, weight, bias, [])
-    return F.linear(x, decode(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    return native_vendor.linear(x, weight, bias)
 
 
 def backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
@@ -57,7 +50,7 @@ def backward(dy: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
         raise cuda_calls.refusal("a backward pass")
     if fused_backward(dy.shape[0], dy.dtype, weight):
         return backward_fused(dy, weight, [])
-    return dy @ decode(weight, dy.dtype)
+    return native_vendor.product(dy, weight)
 
 
 def forward_fused(
@@ -120,13 +113,3 @@ def row_major(x: torch.Tensor) -> torch.Tensor:
     """x with contiguous rows (a stride between rows is fine)."""
     stride = x.stride()
     return x if stride[1] == 1 and stride[0] >= x.shape[1] else x.contiguous()
-
-
-def decode(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
-    """W in a scratch that the thread's next call overwrites: fresh pages would cost more than the decode itself."""
-    buffers: dict[Any, torch.Tensor] = _scratch.__dict__
-    numel = weight.shape[0] * weight.shape[1]
-    buffer = buffers.get(dtype)
-    if buffer is None or buffer.numel() < numel:
-        buffers[dtype] = buffer = torch.empty(numel, dtype=dtype)
-    return dequantize(weight, dtype, out=buffer[:numel].view(weight.shape))

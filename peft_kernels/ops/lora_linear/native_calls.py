@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ... import native
 from ...weight4bit import Weight4bit
-from ..linear_4bit import cuda_calls
+from ..linear_4bit import cuda_calls, native_vendor
 from ..linear_4bit import native_calls as base
 from ..linear_4bit.native_calls import row_major
 
@@ -54,8 +53,7 @@ def forward(
             for column, b, rank, scale in zip(columns, right, ranks, scaling, strict=True)
         ]
         return base.forward_fused(x, weight, bias, terms), s
-    w = base.decode(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
-    y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+    y = native_vendor.linear(x, weight, bias)
     added = [
         (*column, b.data_ptr(), native.dtype_code(b.dtype), True, rank, scale, 0.0, 0)
         for column, b, rank, scale in zip(columns, right, ranks, scaling, strict=True)
@@ -135,7 +133,7 @@ def _grad_x(
             (*column, a.data_ptr(), native.dtype_code(a.dtype), a.shape[0], p, seed) for column, a, p, seed in adapters
         ]
         return base.backward_fused(dy, weight, terms)
-    dx = dy @ (base.decode(weight, dy.dtype) if isinstance(weight, Weight4bit) else weight)
+    dx = native_vendor.product(dy, weight)
     terms = [
         (*column, a.data_ptr(), native.dtype_code(a.dtype), False, a.shape[0], 1.0, p, seed)
         for column, a, p, seed in adapters

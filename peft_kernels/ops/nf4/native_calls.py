@@ -89,9 +89,12 @@ def native_weight(weight: Weight4bit) -> Any:
     return view
 
 
-def dequantize(weight: Weight4bit, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """W (N, K) of dtype, into `out` (a contiguous tensor of N * K elements) where given."""
-    n, k = weight.shape
-    out = torch.empty((n, k), dtype=dtype) if out is None else out
-    native.core().dequantize_4bit(native_weight(weight), 0, n * k, out.data_ptr(), native.dtype_code(dtype))
+def dequantize(
+    weight: Weight4bit, dtype: torch.dtype, rows: tuple[int, int] | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """W (N, K) of dtype, or its rows from and to, into `out` (a contiguous tensor of as many elements) where given."""
+    (first, last), k = (0, weight.shape[0]) if rows is None else rows, weight.shape[1]
+    out = torch.empty((last - first, k), dtype=dtype) if out is None else out
+    code = native.dtype_code(dtype)
+    native.core().dequantize_4bit(native_weight(weight), first * k, last * k, out.data_ptr(), code)
     return out

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ... import native
 from ...weight4bit import Weight4bit
 from ..linear_4bit import native_calls as base
+from ..linear_4bit import native_vendor
 from ..linear_4bit.native_calls import row_major
 from . import passes
 
@@ -34,8 +34,7 @@ def forward(
     if isinstance(weight, Weight4bit) and base.fused_forward(x.shape[0], x.dtype, weight):
         unscaled = x.new_empty((x.shape[0], weight.shape[0])) if keep else None
         return base.forward_fused(x, weight, bias, [], scale, unscaled), unscaled
-    w = base.decode(weight, x.dtype) if isinstance(weight, Weight4bit) else weight
-    y = unscaled = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+    y = unscaled = native_vendor.linear(x, weight, bias)
     if scale is not None:
         y = torch.empty_like(y) if keep else y
         columns(unscaled, scale=scale, out=y)
@@ -55,9 +54,7 @@ def backward(
     fused = isinstance(weight, Weight4bit) and base.fused_backward(dy.shape[0], dy.dtype, weight)
 
     def product(dy: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        if not isinstance(weight, Weight4bit):
-            return dy @ weight
-        return base.backward_fused(dy, weight, [], scale) if fused else dy @ base.decode(weight, dy.dtype)
+        return base.backward_fused(dy, weight, [], scale) if fused else native_vendor.product(dy, weight)
 
     return passes.backward(columns, product, fused, dy, saved, _float32(scale), is_feedforward, needs)  # type: ignore
 

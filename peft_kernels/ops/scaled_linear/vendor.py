@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from ... import native
 from ...weight4bit import Weight4bit
+from ..linear_4bit import native_vendor
 
 # 192x576, 576x576, 576x1536 at M = 256: 0.73, 0.79, 0.88. torch's sum of dY takes 10 us, as ours does.
 BIAS_OF_DENSE = (
@@ -39,8 +41,10 @@ def why_vendor(
     """
     if not (x.is_cpu and isinstance(weight, torch.Tensor)) or (bias is not None and bias.dtype is not x.dtype):
         return None
+    n, k = weight.shape
+    if native.why_not() is None and native_vendor.widens(x.dtype, x.numel() // max(k, 1)):
+        return None  # torch's product is the slow one
     if scale is None:
         return BIAS_OF_DENSE
-    n, k = weight.shape
     elements = x.numel() if is_feedforward or k == 0 else x.numel() // k * n
     return SMALL_BESIDE_DENSE if elements < _SMALL else None
