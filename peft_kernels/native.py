@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import platform
 from types import ModuleType
 
 import torch  # loads the OpenMP runtime that the native core's symbols resolve to
@@ -14,6 +15,8 @@ _REMEDY = (
 )
 _CUDA_REMEDY = "install nvcc, then reinstall with PEFT_KERNELS_BUILD=cuda"
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/cpu/dtype.h
+
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 _module: ModuleType | None = None
 _reason: str | None = None
@@ -50,6 +53,19 @@ def why_not_tensors(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> st
     if device.type != "cpu":
         return f"it runs on the CPU, x is on {device}"
     return _why_not_dtypes(dtypes) or why_not()
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for products of such numbers.
+
+    Where it has none, torch's matrix products and attention in half precision take several times as long as in float32
+    (its float16 backward up to a hundred times), since they widen number by number.
+    """
+    if not _X86 or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if dtype == torch.bfloat16:
+        return core().isa() == "avx512bf16"
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def _why_not_dtypes(dtypes: tuple[torch.dtype, ...]) -> str | None:

@@ -48,7 +48,7 @@ def test_products(isa, pieces, dtype, dense, bias_dtype):
 def test_what_is_widened(isa):
     for rows in (native_vendor._MIN_ROWS, 1000):
         assert not native_vendor.widens(torch.float32, rows)
-        assert native_vendor.widens(torch.bfloat16, rows) == (native_vendor._X86 and isa != "avx512bf16")
+        assert native_vendor.widens(torch.bfloat16, rows) == (native._X86 and isa != "avx512bf16")
     assert not native_vendor.widens(torch.bfloat16, native_vendor._MIN_ROWS - 1)
 
 

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/inline.h"
 
 namespace peft_kernels {
@@ -32,6 +36,13 @@ PK_INLINE uint16_t f32_to_bf16(float value) {
   return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+#if defined(__F16C__)
+
+PK_INLINE float f16_to_f32(uint16_t value) { return _cvtsh_ss(value); }
+PK_INLINE uint16_t f32_to_f16(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+
+#else
+
 PK_INLINE float f16_to_f32(uint16_t value) {
   const uint32_t sign = uint32_t(value & 0x8000u) << 16, magnitude = value & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
@@ -49,6 +60,8 @@ PK_INLINE uint16_t f32_to_f16(float value) {
   if (magnitude < 0x38800000u) return uint16_t(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u));
   return uint16_t(sign | ((magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1)) >> 13));
 }
+
+#endif
 
 PK_INLINE float load_f32(const void* data, int64_t i, DType dtype) {
   if (dtype == DType::F32) return static_cast<const float*>(data)[i];

@@ -76,9 +76,7 @@ inline void run_float(__m512 table, const uint8_t* packed, int64_t count, float*
     std::memcpy(&bytes, packed, 8);
     store<stream>(out, _mm512_castps_si512(lookup16(table, _mm512_set1_epi64(bytes))));
   }
-  if (count > 0)
-    _mm512_mask_storeu_ps(out, __mmask16((1u << count) - 1),
-                          lookup16(table, load_tail(packed, count)));
+  if (count > 0) _mm512_mask_storeu_ps(out, __mmask16((1u << count) - 1), lookup16(table, load_tail(packed, count)));
 }
 
 template <DType dtype, bool stream, typename Out>

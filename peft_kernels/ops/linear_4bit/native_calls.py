@@ -15,6 +15,7 @@ from . import cuda_calls, native_vendor
 # What the fused kernels add to their result before the one rounding: (left, right, scaling) and so on; see csrc.
 Term = tuple
 
+
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why the native core cannot serve such tensors."""
     return (native.why_not_cuda if device.type == "cuda" else native.why_not_tensors)(device, dtypes)

@@ -6,8 +6,8 @@ times more slowly than its float32 product runs; there the operands are widened 
 
 from __future__ import annotations
 
-import platform
 import threading
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from ..nf4.native_calls import dequantize
 # dX takes torch 18 times as long as us from one row on.
 _MIN_ROWS = 16
 _PANEL_BYTES = 16 << 20  # of a widened weight, which stays in the last-level cache
-_ROWS = 1024  # of x or dy that are widened at a time
-_FEW_ROWS = 128  # up to here W x^T is faster than x W^T: 4.6 ms, not 10, at 16 rows; beyond, its turning over costs more
+_ROWS = 512  # of x or dy that are widened at a time
+_FEW_ROWS = 128  # up to here W x^T is faster than x W^T (at 16 rows 4.6 ms, not 10); beyond, turning it over costs more
 
 _buffers = threading.local()
 
@@ -59,13 +59,10 @@ def product(dy: torch.Tensor, weight: torch.Tensor | Weight4bit) -> torch.Tensor
     return dx
 
 
-def widens(half: torch.dtype, rows: int, *, backward: bool = False) -> bool:
+def widens(dtype: torch.dtype, rows: int, *, backward: bool = False) -> bool:
     """Whether a product of so many rows is computed in float32."""
-    if half is torch.float32 or (rows < _MIN_ROWS and not (backward and half is torch.float16)):
-        return False
-    if half is torch.float16:
-        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return _X86 and native.core().isa() != "avx512bf16"
+    enough = rows >= _MIN_ROWS or (backward and dtype is torch.float16)
+    return enough and not native.multiplies(dtype)
 
 
 def decoded(weight: torch.Tensor | Weight4bit, dtype: torch.dtype) -> torch.Tensor:
@@ -98,13 +95,10 @@ def _filled(name: str, t: torch.Tensor) -> torch.Tensor:
 
 def _buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Scratch that the thread's next call with this name and dtype overwrites."""
-    buffers: dict[tuple[str, torch.dtype], torch.Tensor] = _buffers.__dict__
+    buffers: dict[Any, torch.Tensor] = _buffers.__dict__
     numel, key = shape[0] * shape[1], (name, dtype)
     buffer = buffers.get(key)
     if buffer is None or buffer.numel() < numel:
         with torch.inference_mode(False):  # or it could not be written to outside of that mode
             buffers[key] = buffer = torch.empty(numel, dtype=dtype)
     return buffer[:numel].view(shape)
-
-
-_X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -54,7 +54,9 @@ def backward(
     fused = isinstance(weight, Weight4bit) and base.fused_backward(dy.shape[0], dy.dtype, weight)
 
     def product(dy: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        return base.backward_fused(dy, weight, [], scale) if fused else native_vendor.product(dy, weight)
+        if fused:
+            return base.backward_fused(dy, weight, [], scale)  # type: ignore[arg-type]
+        return native_vendor.product(dy, weight)
 
     return passes.backward(columns, product, fused, dy, saved, _float32(scale), is_feedforward, needs)  # type: ignore
 
