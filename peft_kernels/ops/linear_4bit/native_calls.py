@@ -1,4 +1,4 @@
-"""`linear_4bit` on the native core: the fused kernels where they win, else decode to scratch and vendor GEMM.
+"""`linear_4bit` on the native core: the fused kernels where they win, else the vendor's product (native_vendor.py).
 
 On a CUDA device: see cuda_calls.py.
 """

@@ -64,7 +64,7 @@ def bitfit_linear(x: torch.Tensor, weight: torch.Tensor | Weight4bit, bias: torc
         Tensor: (..., N) of x's dtype, accumulated in float32. Under autocast, of the autocast dtype.
 
     x is not saved for backward (but where a dense W is trained); db is summed in float32 in one pass over dY. Over a
-    dense W on a CPU all that is what torch's own linear layer does, and `auto` calls it.
+    dense W on a CPU that multiplies x's dtype all that is what torch's own linear layer does, and `auto` calls it.
 
     Raises:
         TypeError: weight is neither kind, or bias no tensor. ValueError: a shape, dtype or device does not fit.
