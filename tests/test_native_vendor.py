@@ -64,3 +64,13 @@ def test_scratch_of_inference_serves_training(monkeypatch):
     with pk.use_backend("native"):
         pk.functional.lora_linear(x.half(), weight, A, B).float().sum().backward()
     assert x.grad.isfinite().all() and x.grad.any()
+
+
+@pytest.mark.parametrize("rows", [20, 200])
+def test_autocast_leaves_the_products_in_float32(monkeypatch, rows):
+    monkeypatch.setattr(native_vendor, "widens", lambda *args, **options: True)
+    x, weight, dy = (torch.randn(*shape).bfloat16() for shape in ((rows, 64), (8, 64), (rows, 8)))
+    expected = native_vendor.linear(x, weight, None), native_vendor.product(dy, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = native_vendor.linear(x, weight, None), native_vendor.product(dy, weight)
+    assert all(map(torch.equal, actual, expected))
