@@ -61,11 +61,14 @@ def multiplies(dtype: torch.dtype) -> bool:
     Where it has none, torch's matrix products and attention in half precision take several times as long as in float32
     (its float16 backward up to a hundred times), since they widen number by number.
     """
-    if not _X86 or dtype not in (torch.bfloat16, torch.float16):
+    if not _X86 or dtype not in (torch.bfloat16, torch.float16) or why_not() is not None:
         return True
     if dtype == torch.bfloat16:
         return core().isa() == "avx512bf16"
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+multiplies._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch: its argument is a constant
 
 
 def _why_not_dtypes(dtypes: tuple[torch.dtype, ...]) -> str | None:

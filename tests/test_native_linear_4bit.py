@@ -92,9 +92,10 @@ def check_forward(x, weight, bias=None, terms=()):
         return
     w = weight.dequantize(x.dtype)
     expected = x.double() @ w.double().T
-    wide = F.pad(w, (0, 0, 0, 1)) if w.shape[0] == 1 and bias is None else w
     # A single column is a dot product to torch, which some machines sum in more lanes than any matrix product.
-    eager = F.linear(x, wide, None if bias is None else bias.to(x.dtype))[:, : w.shape[0]]
+    second = int(w.shape[0] == 1)
+    eager_bias = None if bias is None else F.pad(bias.to(x.dtype), (0, second))
+    eager = F.linear(x, F.pad(w, (0, 0, 0, second)), eager_bias)[:, : w.shape[0]]
     if bias is not None:
         expected += bias.double()
     for s, b, scaling in terms:

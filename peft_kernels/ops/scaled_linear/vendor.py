@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 
-from ... import native
 from ...weight4bit import Weight4bit
 from ..linear_4bit import native_vendor
 
@@ -43,7 +42,7 @@ def why_vendor(
     if not (x.is_cpu and isinstance(weight, torch.Tensor)) or (bias is not None and bias.dtype is not x.dtype):
         return None
     n, k = weight.shape
-    if native.why_not() is None and native_vendor.widens(x.dtype, x.numel() // max(k, 1)):
+    if native_vendor.widens(x.dtype, x.numel() // max(k, 1)):
         return None  # torch's product is the slow one
     if scale is None:
         return BIAS_OF_DENSE
