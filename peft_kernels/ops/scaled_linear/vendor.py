@@ -1,9 +1,9 @@
 """Heuristics: where torch's own operations serve a scaled, biased layer best, by named rows with their measurements.
 
 Forward + backward in bf16 on two cores with AVX512-BF16, single calls of layers in turn, torch's time / ours. Over a
-dense weight both make the vendor's two products (those that linear_4bit/native_vendor.py does not widen), so what is left
-is the passes beside them, and the steps on the host: these take three times as long as in a loop of their own, because a
-product evicts their code from the caches.
+dense weight both make the vendor's two products (those that linear_4bit/native_vendor.py does not widen). So what is
+left is the passes beside them, and the steps on the host: these take three times as long as in a loop of their own,
+because a product evicts their code from the caches.
 """
 
 from __future__ import annotations
