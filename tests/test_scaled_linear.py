@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
-from peft_kernels import dispatch
+from peft_kernels import dispatch, native
 from peft_kernels.testing import assert_within_budget
 
 OP = "scaled_linear"
@@ -159,13 +159,16 @@ def test_saves_no_more_than_it_needs(backend, method):
 @pytest.mark.parametrize("dtypes", [DTYPES["bfloat16"], DTYPES["bfloat16-float32"]], ids=["bfloat16", "float32 bias"])
 @pytest.mark.parametrize("m", [5, 4096])
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "4bit"])
+@pytest.mark.parametrize("multiplies", [True, False], ids=["half", "no-half"])
 @pytest.mark.parametrize("method", METHODS)
-def test_auto_leaves_to_torch_what_torch_does_as_well(method, quantized, m, dtypes):
-    """A dense weight's bias, or few elements to scale; not a bias whose gradient torch would round to x's dtype."""
+def test_auto_leaves_to_torch_what_torch_does_as_well(monkeypatch, method, multiplies, quantized, m, dtypes):
+    """A dense weight's bias, or few elements to scale; not a bias whose gradient torch would round to x's dtype, nor
+    many rows in a half precision that the processor does not multiply."""
     if reason := dispatch.why_not(OP, "native", torch.device("cpu"), ()):
         pytest.skip(reason)
     case = Case(method, (m, 128, 96), dtypes, quantized)
-    vendor = not quantized and dtypes[0] is dtypes[1] and (method == "bitfit" or m == 5)
+    monkeypatch.setattr(native, "multiplies", lambda dtype: multiplies)
+    vendor = not quantized and dtypes[0] is dtypes[1] and ((method == "bitfit" and multiplies) or m == 5)
     text = pk.explain(case.function, case.x, case.scale, case.bias)
     assert text.startswith(f"{OP}: {'reference' if vendor else 'native'}")
     with pk.use_backend("native"):

@@ -48,7 +48,7 @@ CASES = {
     "inner-1": OnDevice(6, 16, 1, 20, residual="other", scaling="gate"),
     "bert-base": OnDevice(70, 768, 48, norm=False),
     "inner-256": OnDevice(66, 70, 256, 40, residual="none"),
-    "inner-300": OnDevice(66, 70, 300, scaling="all", dropout_p=0.3),
+    "inner-300": OnDevice(66, 70, 300, scaling="channel", dropout_p=0.3),
     "everything": OnDevice(70, 150, 20, 70, scaling="all", residual="other", dropout_p=0.3),
     "without-biases": OnDevice(66, 64, 8, bias=False, scaling="gate"),
     "nothing": OnDevice(66, 64, 8, norm=False, bias=False, residual="none"),

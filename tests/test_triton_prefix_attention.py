@@ -19,7 +19,7 @@ SHAPES = {
     "primes": (2, 4, 2, 37, 37, 40, 70),
     "one-tile": (2, 4, 2, 97, 97, 128, 20),  # of the prompt: one kernel computes all gradients
     "wide": (1, 1, 1, 33, 20, 256, 40),  # float32: by torch's products
-    "widest": (2, 4, 2, 7, 7, 264, 9),  # by torch's products
+    "widest": (2, 4, 2, 37, 37, 264, 20),  # by torch's products
 }
 
 
