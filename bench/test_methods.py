@@ -228,5 +228,8 @@ def test_two_runs_agree_on_the_ratio():
     first, second = (timing.measure(calls, effort) for _ in range(2))
     if (cores := others_cores(before)) > 0.2:
         pytest.skip(f"other processes kept {cores:.1f} cores busy meanwhile")
+    one, other = (timing.quantiles(times[dense.NAME])["p50"] for times in (first, second))
+    if max(one, other) > 1.2 * min(one, other):  # a neighbour on the same core, whom no counter here shows
+        pytest.skip(f"the machine changed its speed meanwhile: torch took {one * 1e3:.2f} ms, then {other * 1e3:.2f}")
     ratios = [timing.ratio(times[dense.NAME], times[FUNCTIONAL])["p50"] for times in (first, second)]
     assert max(ratios) / min(ratios) < 1.1, ratios
