@@ -148,7 +148,7 @@ def test_methods_command(tmp_path):
 
 @pytest.mark.parametrize(
     "op, other",
-    [("linear_4bit", "linear_4bit.native_calls.decode"), ("prefix_attention", "prefix_attention.library.forward")],
+    [("linear_4bit", "linear_4bit.native_vendor.linear"), ("prefix_attention", "prefix_attention.library.forward")],
 )
 def test_tune_forces_each_way(op, other, monkeypatch):
     if reason := tune.why_not(op, timing.CPU):
