@@ -32,10 +32,9 @@ inline __m512i f16_table(__m512 code, float scale) {
 // 16 packed bytes in every quarter -> 32 elements of two bytes.
 inline __m512i lookup32(__m512i table, __m512i packed) {
   // Words b0b1 b0b1 b0b1 b0b1, b2b3 ...: of each four, the nibbles at bits 4 (b0 high), 0 (b0 low), 12 and 8.
-  const __m512i order = _mm512_add_epi8(
-      _mm512_broadcast_i32x4(_mm_set_epi64x(0x0302030203020302, 0x0100010001000100)),
-      _mm512_set_epi32(0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c, 0x08080808, 0x08080808, 0x08080808, 0x08080808,
-                       0x04040404, 0x04040404, 0x04040404, 0x04040404, 0, 0, 0, 0));
+  const __m512i order =
+      _mm512_set_epi64(0x0f0e0f0e0f0e0f0e, 0x0d0c0d0c0d0c0d0c, 0x0b0a0b0a0b0a0b0a, 0x0908090809080908,
+                       0x0706070607060706, 0x0504050405040504, 0x0302030203020302, 0x0100010001000100);
   const __m512i shifts = _mm512_set1_epi64(0x0008000c00000004);
   return _mm512_permutexvar_epi16(_mm512_srlv_epi16(_mm512_shuffle_epi8(packed, order), shifts), table);
 }
