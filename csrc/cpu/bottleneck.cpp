@@ -165,39 +165,47 @@ void bottleneck_backward(const Adapter& adapter, const Matrix& x, int64_t M, con
   use_statistics(job, kernel, stats);
   job.dy = {dy, nullptr, nullptr, nullptr, adapter.dropout};
   job.ld_columns = round_up(ceil_div(M, kernel.elements), 16) + 16;  // no power of two
+  const int threads = threads_of(job, 2);
   lay_out(job, kernel, [&](BottleneckJob& to, Arena& arena) {
+    Arena same = arena;
+    to.weight_scratch = same.take<float>(threads * weight_scratch_floats(adapter.r));
     to.reduce = arena.take<uint32_t>(ceil_div(adapter.N, kernel.elements) * job.rank_lanes);
     to.expand = arena.take<uint32_t>(round_up(adapter.K, kPanelLanes) * ceil_div(adapter.r, kernel.elements));
+    arena.used = std::max(arena.used, same.used);
     to.hidden_bias = arena.take<float>(job.rank_lanes);
     to.hidden_sum = arena.take<float>(job.rank_lanes);
     to.dz_sum = arena.take<float>(adapter.r);
     to.dz_mean = arena.take<float>(adapter.r);
     if (gradients.gate && adapter.up_bias.data) to.gate_bias = arena.take<float>(adapter.N);
-    if (need_up) to.a_columns = arena.take<uint32_t>((adapter.r + 1) * job.ld_columns);
-    if (need_dz) to.dz_columns = arena.take<uint32_t>(adapter.r * job.ld_columns);
   });
-  const int64_t last = ceil_div(M, kernel.elements) - 1;  // the unit that an odd last row fills in half
-  for (int64_t j = 0; j <= adapter.r; ++j) {
-    if (need_up) job.a_columns[j * job.ld_columns + last] = 0;
-    if (need_dz && j < adapter.r) job.dz_columns[j * job.ld_columns + last] = 0;
+  if (need_up || need_dz) {
+    job.columns = (uint32_t*)bottleneck_scratch(2, size_t((adapter.r + 1) * job.ld_columns) * 4);
+    const int64_t last = ceil_div(M, kernel.elements) - 1;  // the unit that an odd last row fills in half
+    for (int64_t j = 0; j <= adapter.r; ++j) job.columns[j * job.ld_columns + last] = 0;
   }
-  const int threads = threads_of(job, 2);
-  const int64_t packs = kernel.pack_items(job.rank_lanes, adapter.N, adapter.K);
+  const bool need_rows = need_dz || gradients.dx || gradients.gate;
+  const int64_t packs = need_rows ? kernel.pack_items(job.rank_lanes, adapter.N, adapter.K) : 0;
   const int64_t up_tiles = need_up ? ceil_div(adapter.N, kPanelLanes) : 0;
-  const int64_t tiles = up_tiles + (need_down ? ceil_div(adapter.K, kPanelLanes) : 0);
+  const int64_t down_tiles = need_down ? ceil_div(adapter.K, kPanelLanes) : 0;
   const RowSplit split(M, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < (need_up ? split.items : 0); ++item)
+      kernel.hidden_columns(job, split.begin(item), split.begin(item + 1));
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < threads; ++part)
+      kernel.up_gradients(job, part, up_tiles * part / threads, up_tiles * (part + 1) / threads);
+#pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < packs; ++item) kernel.pack_backward(job, item);
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < split.items; ++item)
+    for (int64_t item = 0; item < (need_rows ? split.items : 0); ++item)
       kernel.backward_rows(job, split.begin(item), split.begin(item + 1));
 #pragma omp for schedule(static)
     for (int64_t rank = 0; rank < (need_dz ? adapter.r : 0); ++rank) kernel.sum_dz(job, rank);
 #pragma omp for schedule(static)
     for (int64_t part = 0; part < threads; ++part)
-      kernel.weight_gradients(job, up_tiles, tiles * part / threads, tiles * (part + 1) / threads);
+      kernel.down_gradients(job, part, down_tiles * part / threads, down_tiles * (part + 1) / threads);
   }
 }
 

@@ -6,15 +6,48 @@
 namespace peft_kernels {
 namespace {
 
-// Row m of dZ = s mask act'(Z) (dY Wu) from block.sums, its copy for the weight gradients, and what else it yields.
+// Columns [m0, m0 + rows) of the weight gradients' left operand, which `from` [rows][ld] holds row by row.
+template <class U>
+void store_columns(const BottleneckJob& job, int64_t m0, int64_t rows, const float* from, int64_t ld) {
+  const int64_t r = job.adapter.r;
+  for (int64_t i = 0; i < rows; i += kVec)
+    for (int64_t j = 0; j < r; j += kVec) {
+      Vec v[kVec];
+      for (int64_t n = 0; n < kVec; ++n) v[n] = i + n < rows ? vec_load(from + (i + n) * ld + j) : vec_zero();
+      vec_transpose(v);
+      for (int64_t n = 0; n < min64(kVec, r - j); ++n)
+        vec_store(job.columns, U::kDtype, (j + n) * job.ld_columns * U::kElements + m0 + i, v[n], rows - i);
+    }
+}
+
+inline void load_hidden(const BottleneckJob& job, int64_t m, int64_t lanes, float* z) {
+  for (int64_t j = 0; j < lanes; j += kVec)
+    vec_store(z + j, vec_load(job.saved_z.data, job.saved_z.dtype, m * job.saved_z.ld + j, job.adapter.r - j));
+}
+
+// Columns [m0, m1) of g act(Z) and of g itself.
+template <class U>
+void hidden_columns(const BottleneckJob& job, int64_t m0, int64_t m1) {
+  RowBlock<U> block(job, m0, m1);
+  for (int64_t i = 0; i < block.rows; ++i) {
+    float* value = block.sums + i * block.lanes;
+    load_hidden(job, m0 + i, block.lanes, block.z);
+    activate(job.adapter.activation, block.z, job.adapter.r, value, nullptr);
+    const float gate = job.gate ? job.gate[m0 + i] : 1.0f;
+    for (int64_t j = 0; job.gate && j < block.lanes; j += kVec) vec_store(value + j, vec_load(value + j) * vec_set(gate));
+    store_f32(job.columns, job.adapter.r * job.ld_columns * U::kElements + m0 + i, U::kDtype, gate);
+  }
+  store_columns<U>(job, m0, block.rows, block.sums, block.lanes);
+}
+
+// Row m of dZ = s mask act'(Z) (dY Wu) from block.sums, and what else it yields.
 template <class U>
 void hidden_gradient(const BottleneckJob& job, RowBlock<U>& block, int64_t i) {
   const Adapter& adapter = job.adapter;
   const int64_t r = adapter.r, m = block.m0 + i;
   const float factor = adapter.scaling * job.inverse_keep, gate = job.gate ? job.gate[m] : 1.0f;
   float* d = block.sums + i * block.lanes;
-  for (int64_t j = 0; j < block.lanes; j += kVec)
-    vec_store(block.z + j, vec_load(job.saved_z.data, job.saved_z.dtype, m * job.saved_z.ld + j, r - j));
+  load_hidden(job, m, block.lanes, block.z);
   activate(adapter.activation, block.z, r, block.value, block.slope);
   for (int64_t j = r; j < block.lanes; ++j) block.value[j] = block.slope[j] = 0;
   Vec dot = vec_zero(), c1 = vec_zero(), c2 = vec_zero();
@@ -23,7 +56,6 @@ void hidden_gradient(const BottleneckJob& job, RowBlock<U>& block, int64_t i) {
     dot = multiply_add(value, upstream, dot);
     const Vec dz = upstream * vec_load(block.slope + j) * vec_set(factor * gate);
     vec_store(d + j, dz);
-    vec_store(block.value + j, value * vec_set(gate));
     if (!job.ln_weight) continue;
     c1 = multiply_add(dz, vec_load(job.hidden_sum + j), c1);
     c2 = multiply_add(dz, vec_load(block.z + j) - vec_load(job.hidden_bias + j), c2);
@@ -43,12 +75,8 @@ void hidden_gradient(const BottleneckJob& job, RowBlock<U>& block, int64_t i) {
     store_f32(job.gradients.gate, m, adapter.gate.dtype, factor * vec_sum(dot));
   }
   store_hidden<U>(block, i, d);
-  const int64_t ld = job.ld_columns * U::kElements;
-  for (int64_t j = 0; job.a_columns && j < r; ++j) store_f32(job.a_columns, j * ld + m, U::kDtype, block.value[j]);
-  if (job.a_columns) store_f32(job.a_columns, r * ld + m, U::kDtype, gate);
-  const float column_scale = folds_norm<U>(job) ? inverse_std : 1.0f;
-  for (int64_t j = 0; job.dz_columns && j < r; ++j)
-    store_f32(job.dz_columns, j * ld + m, U::kDtype, d[j] * column_scale);
+  if (!folds_norm<U>(job)) return;
+  for (int64_t j = 0; j < block.lanes; j += kVec) vec_store(d + j, vec_load(d + j) * vec_set(inverse_std));
 }
 
 // dx = [layer norm's backward of] the sums, plus dy where the residual is x.
@@ -110,6 +138,7 @@ void backward_rows(const BottleneckJob& job, int64_t m0, int64_t m1) {
   RowBlock<U> block(job, m0, m1);
   reduce<U>(job, job.dy, job.adapter.N, block);
   for (int64_t i = 0; i < block.rows; ++i) hidden_gradient<U>(job, block, i);
+  if (job.columns) store_columns<U>(job, m0, block.rows, block.sums, block.lanes);
   if (!job.gradients.dx) return;
   const FinishBackward<U> finish{job, block};
   expand<U>(job, job.adapter.K, block, finish.direct(), finish);

@@ -19,7 +19,7 @@ template <class U>
 void sum_dz(const BottleneckJob& job, int64_t rank) {
   Vec sum = vec_zero(), mean_sum = vec_zero();
   for (int64_t m = 0; m < job.M; m += kVec) {
-    Vec dz = vec_load(job.dz_columns, U::kDtype, rank * job.ld_columns * U::kElements + m, job.M - m);
+    Vec dz = vec_load(job.columns, U::kDtype, rank * job.ld_columns * U::kElements + m, job.M - m);
     if (folds_norm<U>(job)) {
       mean_sum = multiply_add(dz, vec_load(job.mean, DType::F32, m, job.M - m), mean_sum);
       Vec inverse_std = vec_load(job.inverse_std, DType::F32, m, job.M - m);
@@ -35,40 +35,38 @@ void sum_dz(const BottleneckJob& job, int64_t rank) {
 
 // Rows [row, row + rows) of columns [column, column + lanes) of x or dy, which a panel of units holds.
 struct ColumnPanel {
-  const Source* from;
   int64_t row, rows, column, lanes;
 };
 
-// The panels that the tiles of both weight gradients multiply, in order: down each tile in chunks, tile after tile. Two
-// buffers: while the one is multiplied, the other is filled piece by piece. Rows of a power of two bytes share a few
-// sets of the cache, so that no more than a piece is brought closer at a time.
+// The panels of x or dy that tiles [begin, end) of a weight gradient multiply, in order: down each tile in chunks, tile
+// after tile. Two buffers: while the one is multiplied, the other is filled piece by piece. Rows of a power of two bytes
+// share a few sets of the cache, so that no more than a piece is brought closer at a time.
 template <class U>
 struct PanelStream {
   static constexpr int64_t kRows = kChunkUnits * U::kElements;
-  const BottleneckJob& job;
-  int64_t up_tiles, end;  // the tiles [0, up_tiles) are of dWu, those up to `end` of dWd
-  int64_t tile, row;      // of the panel that is filled next
+  const Source& from;
+  int64_t M, width, end;
+  int64_t tile, row = 0;  // of the panel that is filled next
   uint32_t *panel, *next;
   ColumnPanel filling;
   int64_t filled = 0;
 
-  PanelStream(const BottleneckJob& job, int64_t up_tiles, int64_t begin, int64_t end, uint32_t* buffers)
-      : job(job), up_tiles(up_tiles), end(end), tile(begin), row(0) {
+  PanelStream(const BottleneckJob& job, const Source& from, int64_t width, int64_t begin, int64_t end,
+              uint32_t* buffers)
+      : from(from), M(job.M), width(width), end(end), tile(begin) {
     panel = buffers, next = buffers + kChunkUnits * kPanelLanes;
     filling = at_next();
   }
 
   ColumnPanel at_next() const {
-    if (tile >= end) return {nullptr, 0, 0, 0, 0};
-    const bool up = tile < up_tiles;
-    const int64_t column = (up ? tile : tile - up_tiles) * kPanelLanes;
-    const int64_t width = up ? job.adapter.N : job.adapter.K;
-    return {up ? &job.dy : &job.x, row, min64(kRows, job.M - row), column, min64(kPanelLanes, width - column)};
+    if (tile >= end) return {0, 0, 0, 0};
+    const int64_t column = tile * kPanelLanes;
+    return {row, min64(kRows, M - row), column, min64(kPanelLanes, width - column)};
   }
 
   ColumnsAhead ahead(int64_t to) const {
     if (to <= filled || filled >= filling.rows) return {nullptr, 0, 0, 0};
-    const Matrix& m = filling.from->matrix;
+    const Matrix& m = from.matrix;
     const int64_t size = dtype_size(m.dtype), first = (filling.row + filled) * m.ld + filling.column;
     return {(const char*)m.data + first * size, m.ld * size, min64(to, filling.rows) - filled, filling.lanes * size};
   }
@@ -76,7 +74,7 @@ struct PanelStream {
   void fill(int64_t to) {
     to = min64(to, filling.rows);
     if (to > filled)
-      pack_lanes_from_columns<U>(*filling.from, filling.row + filled, to - filled, filling.column, filling.lanes,
+      pack_lanes_from_columns<U>(from, filling.row + filled, to - filled, filling.column, filling.lanes,
                                  kPanelLanes, next + filled / U::kElements * kPanelLanes);
     filled = to > filled ? to : filled;
   }
@@ -87,16 +85,16 @@ struct PanelStream {
     uint32_t* ready = next;
     next = panel, panel = ready;
     row += kRows, filled = 0;
-    if (row >= job.M) row = 0, ++tile;
+    if (row >= M) row = 0, ++tile;
     filling = at_next();
     return ready;
   }
 };
 
-// sums[r][64] = the r rows [M] of a_columns or dz_columns times the stream's next panels. One more row is for the sum
-// of the columns alone. Chains of additions are short, as eager's sums over rows err less than products do.
+// sums[r][64] = the r rows [M] of job.columns times the stream's next panels. One more row is for the sum of the columns
+// alone. Chains of additions are short, as eager's sums over rows err less than products do.
 template <class U>
-void column_sums(const BottleneckJob& job, PanelStream<U>& stream, const uint32_t* rows, bool one_more, float* sums) {
+void column_sums(const BottleneckJob& job, PanelStream<U>& stream, bool one_more, float* sums) {
   constexpr int64_t kChain = U::kElements == 1 ? 64 : kChunkUnits, kSumChain = 32;
   const int64_t r = job.adapter.r, ld = job.ld_columns, units = units_of<U>(job.M);
   const int64_t tiles = (r + kTileRows - 1) / kTileRows;
@@ -107,7 +105,7 @@ void column_sums(const BottleneckJob& job, PanelStream<U>& stream, const uint32_
     const auto add = [&](int64_t row, int64_t height, int64_t chain, ColumnsAhead ahead) {
       const auto multiply = multiply_of<U, kPanelLanes / kVec, ColumnsAhead>(height);
       for (int64_t v = 0; v < n; v += chain, ahead = ahead.after(chain))
-        multiply((const char*)(rows + row * ld + u + v), ld * 4, panel + v * kPanelLanes, min64(chain, n - v),
+        multiply((const char*)(job.columns + row * ld + u + v), ld * 4, panel + v * kPanelLanes, min64(chain, n - v),
                  sums + row * kPanelLanes, kPanelLanes, u + v > 0, ahead);
     };
     for (int64_t t = 0; t < tiles; ++t) {
@@ -124,7 +122,7 @@ void up_gradient(const BottleneckJob& job, PanelStream<U>& stream, int64_t n0, f
   const AdapterGradients& gradients = job.gradients;
   const int64_t r = adapter.r, lanes = min64(kPanelLanes, adapter.N - n0);
   prefetch_tile(gradients.up_weight, adapter.up.dtype, r, n0, lanes, 0);
-  column_sums<U>(job, stream, job.a_columns, gradients.up_bias || gradients.channel, sums);
+  column_sums<U>(job, stream, gradients.up_bias || gradients.channel, sums);
   const float factor = adapter.scaling * job.inverse_keep, *bias = sums + r * kPanelLanes;
   alignas(64) float dots[kPanelLanes] = {};
   for (int64_t g = 0; g < lanes; g += kVec) {
@@ -167,7 +165,7 @@ void down_gradient(const BottleneckJob& job, PanelStream<U>& stream, int64_t k0,
   const AdapterGradients& gradients = job.gradients;
   const int64_t lanes = min64(kPanelLanes, adapter.K - k0);
   prefetch_tile(gradients.down_weight, adapter.down.dtype, adapter.K, 0, adapter.r, k0);
-  column_sums<U>(job, stream, job.dz_columns, false, sums);
+  column_sums<U>(job, stream, false, sums);
   for (int64_t g = 0; g < lanes; g += kVec) {
     const int64_t k = k0 + g, count = lanes - g;
     Vec weight = vec_set(1.0f), bias = vec_zero(), weight_total = vec_zero(), bias_total = vec_zero();
@@ -193,17 +191,22 @@ void down_gradient(const BottleneckJob& job, PanelStream<U>& stream, int64_t k0,
   }
 }
 
-// Tiles [begin, end) of dWu and then dWd.
+// Tiles [begin, end) of dWu.
 template <class U>
-void weight_gradients(const BottleneckJob& job, int64_t up_tiles, int64_t begin, int64_t end) {
-  const int64_t size = (job.adapter.r + 1) * kPanelLanes;
-  float* sums = (float*)bottleneck_scratch(2, size_t(size + 2 * kChunkUnits * kPanelLanes) * 4);
-  PanelStream<U> stream(job, up_tiles, begin, end, (uint32_t*)(sums + size));
-  for (int64_t tile = begin; tile < end; ++tile)
-    if (tile < up_tiles)
-      up_gradient(job, stream, tile * kPanelLanes, sums);
-    else
-      down_gradient(job, stream, (tile - up_tiles) * kPanelLanes, sums);
+void up_gradients(const BottleneckJob& job, int64_t part, int64_t begin, int64_t end) {
+  float* sums = job.weight_scratch + part * weight_scratch_floats(job.adapter.r);
+  uint32_t* panels = (uint32_t*)sums + (job.adapter.r + 1) * kPanelLanes;
+  PanelStream<U> stream(job, job.dy, job.adapter.N, begin, end, panels);
+  for (int64_t tile = begin; tile < end; ++tile) up_gradient(job, stream, tile * kPanelLanes, sums);
+}
+
+// Tiles [begin, end) of dWd.
+template <class U>
+void down_gradients(const BottleneckJob& job, int64_t part, int64_t begin, int64_t end) {
+  float* sums = job.weight_scratch + part * weight_scratch_floats(job.adapter.r);
+  uint32_t* panels = (uint32_t*)sums + (job.adapter.r + 1) * kPanelLanes;
+  PanelStream<U> stream(job, job.x, job.adapter.K, begin, end, panels);
+  for (int64_t tile = begin; tile < end; ++tile) down_gradient(job, stream, tile * kPanelLanes, sums);
 }
 
 }  // namespace

@@ -40,11 +40,11 @@ struct BottleneckJob {
   // backward
   Matrix saved_z;
   AdapterGradients gradients;
-  float inverse_keep;                // of the dropout
-  float* gate_bias;                  // [N]: c bu
-  uint32_t *a_columns, *dz_columns;  // [r + 1][ld_columns units], [r][ld_columns]: g act(Z), ones g; dZ,
-                                     // or dZ / std where x is not normalized
-  int64_t ld_columns;
+  float inverse_keep;       // of the dropout
+  float* gate_bias;         // [N]: c bu
+  uint32_t* columns;        // [r + 1][ld_columns units]: g act(Z) and ones g; later dZ, or where x is not normalized
+  int64_t ld_columns;       // dZ / std
+  float* weight_scratch;    // [threads][weight_scratch_floats(r)], where reduce and expand lie before and after
   float *dz_sum, *dz_mean;  // [r]: sums of dZ; of dZ mean / std where x is not normalized, else zeros
 };
 
@@ -55,14 +55,19 @@ struct BottleneckKernels {
   int64_t (*pack_items)(int64_t rank_lanes, int64_t reduced, int64_t expanded);
   void (*pack_forward)(const BottleneckJob& job, int64_t item);
   void (*forward_rows)(const BottleneckJob& job, int64_t m0, int64_t m1);
+  void (*hidden_columns)(const BottleneckJob& job, int64_t m0, int64_t m1);
+  void (*up_gradients)(const BottleneckJob& job, int64_t part, int64_t begin, int64_t end);
   void (*pack_backward)(const BottleneckJob& job, int64_t item);
   void (*backward_rows)(const BottleneckJob& job, int64_t m0, int64_t m1);
   void (*sum_dz)(const BottleneckJob& job, int64_t rank);
-  void (*weight_gradients)(const BottleneckJob& job, int64_t up_tiles, int64_t begin, int64_t end);
+  void (*down_gradients)(const BottleneckJob& job, int64_t part, int64_t begin, int64_t end);
 };
 
+// A thread's share of the weight gradients: sums for a tile, and two panels.
+constexpr int64_t weight_scratch_floats(int64_t r) { return (r + 1 + 2 * kChunkUnits) * kPanelLanes; }
+
 // This thread's 64-byte aligned scratch, kept between calls because fresh pages cost more than the kernels do.
-// Slot 0: what the threads of a call share; 1 and 2: a step's own.
+// Slot 0: what the threads of a call share; 1: a step's own; 2: the columns, which only backward has.
 void* bottleneck_scratch(int slot, size_t bytes);
 
 extern const BottleneckKernels kBottleneckScalar, kBottleneckAvx2, kBottleneckAvx512;
