@@ -11,7 +11,7 @@ JOBS ?= 2
 PY := .venv/bin/python
 ADAPTERS := build/adapters
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CXX_FILES := $(NATIVE) $(shell find tests/cuda_emulation -type f)
+CXX_FILES := $(NATIVE) $(shell find tests/cuda_emulation tests/cpu_emulation -type f)
 
 export PEFT_KERNELS_BUILD ?= cpu
 
@@ -54,11 +54,12 @@ build: .venv/built
 
 # The native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer. libstdc++ is loaded early because
 # Python is not linked with it and the sanitizer looks for its exceptions at start; `pythonpath=` keeps the checkout's
-# own build out.
+# own build out. Where the machine lacks the instructions of the AVX512-BF16 kernels, these run emulated.
 SANITIZE := build/sanitize
 sanitize: .venv/installed
 	PEFT_KERNELS_BUILD=cpu LDFLAGS="-fsanitize=address,undefined" \
 	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv -g1" \
+	PEFT_KERNELS_EMULATE=$(shell grep -qsw avx512_bf16 /proc/cpuinfo || echo avx512bf16) \
 	$(PY) setup.py --quiet build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	cd $(SANITIZE)/lib && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" OMP_NUM_THREADS=1 \

@@ -3,6 +3,7 @@
 PEFT_KERNELS_BUILD selects what is built: auto (default: the core, and where there is nvcc its CUDA kernels; a failure
 is a warning and leaves that part out), none, cpu (the core; a failure is an error), cuda (both; likewise).
 PEFT_KERNELS_CUDA_ARCHS: the architectures to build for, "80,90a,100" unless set. CXXFLAGS and LDFLAGS are honoured.
+PEFT_KERNELS_EMULATE=avx512bf16: for tests on machines without these instructions, other AVX-512 in their place.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # A file's suffix selects the instructions it may use; csrc/cpu/isa.cpp decides at run time which files are entered.
 ISA_FLAGS = {"_avx512bf16": [*AVX512, "-mavx512vbmi", "-mavx512bf16"], "_avx512": AVX512, "_avx2": AVX2}
+EMULATE = ["-DPEFT_KERNELS_EMULATE"] if os.environ.get("PEFT_KERNELS_EMULATE") == "avx512bf16" else []
+if EMULATE:
+    ISA_FLAGS["_avx512bf16"] = [*AVX512, "-include", str(ROOT / "tests/cpu_emulation/avx512bf16.h")]
 
 # -ffp-contract=off: a product and a sum must round separately where bitsandbytes rounds them separately;
 # kernels ask for fused multiply-add by name.
@@ -133,7 +137,7 @@ class BuildNative(build_ext):
             return self._compile_cuda(source)
         target = Path(self.build_temp) / Path(source).with_suffix(".o")
         openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-        flags = [*CXX_FLAGS, *openmp, *ISA_FLAGS.get(isa_suffix(source) or "", [])]
+        flags = [*CXX_FLAGS, *EMULATE, *openmp, *ISA_FLAGS.get(isa_suffix(source) or "", [])]
         command = " ".join([*getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so), *flags, *includes])
         if self.force or not is_fresh(target, command):
             target.parent.mkdir(parents=True, exist_ok=True)

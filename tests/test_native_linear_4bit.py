@@ -13,7 +13,7 @@ if core is None:
     pytest.skip(native.why_not(), allow_module_level=True)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 25, 33, 64, 100, 256]
+ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 24, 25, 33, 64, 100, 256, 300]
 GUARD = 5  # columns between the rows of an output that must stay untouched
 
 

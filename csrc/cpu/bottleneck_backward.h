@@ -34,7 +34,8 @@ void hidden_columns(const BottleneckJob& job, int64_t m0, int64_t m1) {
     load_hidden(job, m0 + i, block.lanes, block.z);
     activate(job.adapter.activation, block.z, job.adapter.r, value, nullptr);
     const float gate = job.gate ? job.gate[m0 + i] : 1.0f;
-    for (int64_t j = 0; job.gate && j < block.lanes; j += kVec) vec_store(value + j, vec_load(value + j) * vec_set(gate));
+    for (int64_t j = 0; job.gate && j < block.lanes; j += kVec)
+      vec_store(value + j, vec_load(value + j) * vec_set(gate));
     store_f32(job.columns, job.adapter.r * job.ld_columns * U::kElements + m0 + i, U::kDtype, gate);
   }
   store_columns<U>(job, m0, block.rows, block.sums, block.lanes);

@@ -39,8 +39,8 @@ struct ColumnPanel {
 };
 
 // The panels of x or dy that tiles [begin, end) of a weight gradient multiply, in order: down each tile in chunks, tile
-// after tile. Two buffers: while the one is multiplied, the other is filled piece by piece. Rows of a power of two bytes
-// share a few sets of the cache, so that no more than a piece is brought closer at a time.
+// after tile. Two buffers: while the one is multiplied, the other is filled piece by piece. Rows of a power of two
+// bytes share a few sets of the cache, so that no more than a piece is brought closer at a time.
 template <class U>
 struct PanelStream {
   static constexpr int64_t kRows = kChunkUnits * U::kElements;
@@ -74,8 +74,8 @@ struct PanelStream {
   void fill(int64_t to) {
     to = min64(to, filling.rows);
     if (to > filled)
-      pack_lanes_from_columns<U>(from, filling.row + filled, to - filled, filling.column, filling.lanes,
-                                 kPanelLanes, next + filled / U::kElements * kPanelLanes);
+      pack_lanes_from_columns<U>(from, filling.row + filled, to - filled, filling.column, filling.lanes, kPanelLanes,
+                                 next + filled / U::kElements * kPanelLanes);
     filled = to > filled ? to : filled;
   }
 
@@ -91,8 +91,8 @@ struct PanelStream {
   }
 };
 
-// sums[r][64] = the r rows [M] of job.columns times the stream's next panels. One more row is for the sum of the columns
-// alone. Chains of additions are short, as eager's sums over rows err less than products do.
+// sums[r][64] = the r rows [M] of job.columns times the stream's next panels. One more row is for the sum of the
+// columns alone. Chains of additions are short, as eager's sums over rows err less than products do.
 template <class U>
 void column_sums(const BottleneckJob& job, PanelStream<U>& stream, bool one_more, float* sums) {
   constexpr int64_t kChain = U::kElements == 1 ? 64 : kChunkUnits, kSumChain = 32;

@@ -11,8 +11,9 @@ namespace {
 
 template <class U>
 constexpr BottleneckKernels bottleneck_kernels() {
-  return {U::kElements,     widen,           pack_items<U>,    pack_forward<U>, forward_rows<U>,  hidden_columns<U>,
-          up_gradients<U>,  pack_backward<U>, backward_rows<U>, sum_dz<U>,       down_gradients<U>};
+  return {U::kElements,      widen,           pack_items<U>,    pack_forward<U>,  forward_rows<U>,
+          hidden_columns<U>, up_gradients<U>, pack_backward<U>, backward_rows<U>, sum_dz<U>,
+          down_gradients<U>};
 }
 
 }  // namespace

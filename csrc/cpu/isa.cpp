@@ -37,6 +37,9 @@ Isa detect() {
   constexpr int kAvx2 = 5, kAvx512F = 16, kAvx512Dq = 17, kAvx512Bw = 30, kAvx512Vl = 31, kVbmi = 1;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(b, {kAvx2}) || !has(state, {1, 2})) return Isa::Scalar;
   if (!has(b, {kAvx512F, kAvx512Dq, kAvx512Bw, kAvx512Vl}) || !has(state, {5, 6, 7})) return Isa::Avx2;
+#ifdef PEFT_KERNELS_EMULATE  // see setup.py
+  return Isa::Avx512Bf16;
+#endif
   if (!has(c, {kVbmi})) return Isa::Avx512;
   constexpr int kBf16 = 5;
   const bool has_bf16 = a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, {kBf16});

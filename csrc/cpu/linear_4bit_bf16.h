@@ -1,16 +1,11 @@
-// Decode, transpose, reduce and finish: what the dot form and the broadcast form of the bf16 kernels share.
+// Decode into pairs of bfloat16: what the dot form and the broadcast form of the bf16 kernels share.
 #pragma once
 
-#include <immintrin.h>
-
-#include "cpu/linear_4bit_kernels.h"
-#include "cpu/philox.h"
-#include "cpu/vec_avx512.h"
+#include "cpu/linear_4bit_decode.h"
+#include "cpu/linear_4bit_finish.h"
 
 namespace peft_kernels {
 namespace {
-
-constexpr int64_t kPrefetchRows = 16;  // a strided walk over W outruns the hardware prefetcher
 
 // The 256 values of nested statistics as four planes of bytes, so that vpermi2b looks 64 of them up at once: a third of
 // a cycle each where a scalar load and its store take two.
@@ -90,23 +85,6 @@ inline void block_scales(const Weight4& w, int64_t first, int64_t count, float* 
       const float product = w.code2[q[i]] * absmax2;
       out[i] = product + *w.offset;
     }
-  }
-}
-
-// Scales of the blocks that hold column k in rows [n, n + count).
-inline void column_scales(const Weight4& w, int64_t k, int64_t n, int64_t count, float* out) {
-  const int64_t step = w.K / w.blocksize;
-  int64_t block = n * step + k / w.blocksize;
-  if (!w.absmax2 || (w.nested_blocksize & (w.nested_blocksize - 1)) != 0) {
-    for (int64_t i = 0; i < count; ++i, block += step) out[i] = w.scale(block);
-    return;
-  }
-  const int shift = __builtin_ctzll(w.nested_blocksize);  // a division would cost as much as decoding 64 weights
-  const uint8_t* q = static_cast<const uint8_t*>(w.absmax);
-  for (int64_t i = 0; i < count; ++i, block += step) {
-    if (i + kPrefetchRows < count) _mm_prefetch((const char*)q + block + kPrefetchRows * step, _MM_HINT_T0);
-    const float product = w.code2[q[block]] * w.absmax2[block >> shift];
-    out[i] = product + *w.offset;
   }
 }
 

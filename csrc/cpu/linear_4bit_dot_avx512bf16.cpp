@@ -1,5 +1,5 @@
 // y = x W' for few rows: lanes run along k, W is decoded in registers and used by all rows of a tile of x.
-#include "cpu/linear_4bit_finish_bf16.h"
+#include "cpu/linear_4bit_bf16.h"
 
 namespace peft_kernels {
 namespace {

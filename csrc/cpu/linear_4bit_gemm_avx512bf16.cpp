@@ -1,6 +1,6 @@
 // Broadcast form: a panel of W, 64 lanes wide, is decoded once into pairs along the summed index and multiplied by
 // every row of `in`. 6 rows x 64 lanes of float32 sums stay in registers: 10 loads for 24 vdpbf16ps.
-#include "cpu/linear_4bit_finish_bf16.h"
+#include "cpu/linear_4bit_bf16.h"
 
 namespace peft_kernels {
 namespace {

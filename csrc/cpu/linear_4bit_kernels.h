@@ -32,6 +32,8 @@ struct Linear4Job {
   const float* out_scale = nullptr;  // forward, [N]: multiplies the result
   void* unscaled = nullptr;          // forward: takes the result before that, laid out as `out`
   const float* in_scale = nullptr;   // backward, [N]: multiplies the rows of W
+  const float* in_f32 = nullptr;     // `in` from row first_f32 on in float32, for the kernels that multiply so
+  int64_t ld_in_f32 = 0, first_f32 = 0;
 };
 
 constexpr int64_t kLinear4Lanes = 64;     // columns of a GEMM panel: four vectors of 16 float32
@@ -46,8 +48,12 @@ void linear4_dot_avx512bf16(const Linear4Job& job, const uint16_t* x, int64_t n0
 void linear4_forward_panel_avx512bf16(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
 void linear4_backward_panel_avx512bf16(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
 
-// Forward with float32 arithmetic, for every dtype and few rows: what runs without AVX512-BF16, and on float16 and
-// float32 with it.
+// With float32 arithmetic, for every dtype: what runs without AVX512-BF16, and on float16 and float32 with it.
+void linear4_forward_panel_avx512(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
+void linear4_backward_panel_avx512(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
+void linear4_widen_avx512(const Linear4Job& job, int64_t m, int64_t count, float* out);  // row m of `in`
+
+// Dot form in float32 arithmetic, forward.
 constexpr int64_t kLinear4SmallRows = 16;
 constexpr int64_t kLinear4SmallLanes = 64;
 void linear4_small_forward(const Linear4Job& job, int threads);

@@ -1,12 +1,17 @@
-// The epilogue of both bf16 forms: float32 sums + bias + LoRA terms -> bf16, rounded once.
+// The epilogue of the AVX-512 kernels: float32 sums + bias + LoRA terms -> the result's dtype, rounded once.
 #pragma once
 
-#include "cpu/linear_4bit_bf16.h"
+#include <immintrin.h>
+
+#include "cpu/linear_4bit_kernels.h"
+#include "cpu/philox.h"
+#include "cpu/vec_avx512.h"
 
 namespace peft_kernels {
 namespace {
 
 constexpr int64_t kGroups = kLinear4Lanes / 16;
+constexpr int64_t kTermRun = 64;  // ranks summed apart: a longer sum of float32 would err more than eager's
 
 // The right operands of the terms for lanes [lane0, lane0 + 64), float32, scaled: [sum of r][64], zeros past `limit`.
 // `right_is_lane_major`: stored [lanes, r] (B, forward) rather than [r, lanes] (A, backward).
@@ -50,14 +55,14 @@ struct FinishTile {
 };
 
 template <int ROWS>
-inline void store_rows(const __m512 (&c)[ROWS][kGroups], void* matrix, int64_t ld, const FinishTile& tile) {
-  uint16_t* out = (uint16_t*)matrix + tile.m * ld + tile.lane0;
+inline void store_rows(const __m512 (&c)[ROWS][kGroups], void* matrix, const Linear4Job& job, const FinishTile& tile) {
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g)
       if (tile.lanes > 16 * g)
-        _mm256_mask_storeu_epi16(out + i * ld + 16 * g, first16(tile.lanes - 16 * g), round_bf16(c[i][g]));
+        store16(matrix, job.dtype, (tile.m + i) * job.ld_out + tile.lane0 + 16 * g, c[i][g],
+                first16(tile.lanes - 16 * g));
 }
 
 template <int ROWS>
@@ -75,32 +80,35 @@ inline void finish_rows(const Linear4Job& job, const FinishTile& tile) {
   const float* right = tile.packed_terms;
   for (int64_t t = 0; t < job.term_count; ++t) {
     const Linear4Term& term = job.terms[t];
-    __m512 d[ROWS][kGroups];
-#pragma GCC unroll 4
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g) d[i][g] = _mm512_setzero_ps();
+    alignas(64) float mask[ROWS][kLinear4Lanes];
+    for (int i = 0; term.p != 0 && i < ROWS; ++i)
+      dropout_scale_row(term.seed, tile.m + i, tile.lane0, kLinear4Lanes, term.p, mask[i]);
     const float* left = term.left + tile.m * term.ld;
-    for (int64_t j = 0; j < term.r; ++j, right += kLinear4Lanes) {
+    for (int64_t j0 = 0; j0 < term.r; j0 += kTermRun) {
+      __m512 d[ROWS][kGroups];
 #pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) {
-        const __m512 s = _mm512_set1_ps(left[i * term.ld + j]);
+      for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-        for (int g = 0; g < kGroups; ++g) d[i][g] = _mm512_fmadd_ps(s, _mm512_loadu_ps(right + 16 * g), d[i][g]);
+        for (int g = 0; g < kGroups; ++g) d[i][g] = _mm512_setzero_ps();
+      for (int64_t j = j0; j < min64(term.r, j0 + kTermRun); ++j, right += kLinear4Lanes) {
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+          const __m512 s = _mm512_set1_ps(left[i * term.ld + j]);
+#pragma GCC unroll 4
+          for (int g = 0; g < kGroups; ++g) d[i][g] = _mm512_fmadd_ps(s, _mm512_loadu_ps(right + 16 * g), d[i][g]);
+        }
       }
-    }
-    for (int i = 0; i < ROWS; ++i) {
-      alignas(64) float mask[kLinear4Lanes];
-      if (term.p != 0) dropout_scale_row(term.seed, tile.m + i, tile.lane0, kLinear4Lanes, term.p, mask);
 #pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g) {
-        const __m512 product = term.p != 0 ? _mm512_mul_ps(d[i][g], _mm512_load_ps(mask + 16 * g)) : d[i][g];
-        c[i][g] = _mm512_add_ps(c[i][g], product);
-      }
+      for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; ++g) {
+          const __m512 product = term.p != 0 ? _mm512_mul_ps(d[i][g], _mm512_load_ps(mask[i] + 16 * g)) : d[i][g];
+          c[i][g] = _mm512_add_ps(c[i][g], product);
+        }
     }
   }
   if (job.out_scale) {
-    if (job.unscaled) store_rows<ROWS>(c, job.unscaled, job.ld_out, tile);
+    if (job.unscaled) store_rows<ROWS>(c, job.unscaled, job, tile);
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g) {
       const int64_t lane = tile.lane0 + 16 * g, left = tile.lanes - 16 * g;
@@ -109,7 +117,7 @@ inline void finish_rows(const Linear4Job& job, const FinishTile& tile) {
       for (int i = 0; i < ROWS; ++i) c[i][g] = _mm512_mul_ps(c[i][g], scale);
     }
   }
-  store_rows<ROWS>(c, job.out, job.ld_out, tile);
+  store_rows<ROWS>(c, job.out, job, tile);
 }
 
 // out[m : m + rows, lane0 : lane0 + lanes] from sums [rows][64]; lanes <= 64.
