@@ -44,7 +44,7 @@ struct BottleneckJob {
   float* gate_bias;         // [N]: c bu
   uint32_t* columns;        // [r + 1][ld_columns units]: g act(Z) and ones g; later dZ, or where x is not normalized
   int64_t ld_columns;       // dZ / std
-  float* weight_scratch;    // [threads][weight_scratch_floats(r)], where reduce and expand lie before and after
+  float* weight_scratch;    // [threads][weight_scratch_floats(r)], over reduce and expand when these are not needed
   float *dz_sum, *dz_mean;  // [r]: sums of dZ; of dZ mean / std where x is not normalized, else zeros
 };
 

@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t kDotRows = 24;  // above, decoding a panel once beats decoding in registers for every 8 rows
 // Rows of `in` whose multiplication takes as long as decoding a panel: what a split over rows repeats.
 constexpr int64_t kForwardDecodeRows = 12, kBackwardDecodeRows = 6;
-constexpr int64_t kF32DotRows = 4, kF32ForwardDecodeRows = 8, kF32BackwardDecodeRows = 5;  // the same in float32
-constexpr int64_t kF32Rows = 256;                                                          // multiplied at a time
+// The same of the float32 kernels, and the rows that they multiply at a time.
+constexpr int64_t kF32DotRows = 4, kF32ForwardDecodeRows = 8, kF32BackwardDecodeRows = 5, kF32Rows = 256;
 constexpr int64_t kGrain = 1 << 18;  // products a thread does in about ten microseconds at M = 1
 
 void require(bool ok, const char* function, const std::string& message) {

@@ -1,7 +1,8 @@
 """The vendor's products on a CPU, x W^T and dy W, over a dense weight or a 4-bit one that is decoded first.
 
 Where a processor has no instructions for x's half precision, torch widens, multiplies and rounds by itself, several
-times more slowly than its float32 product runs; there the operands are widened here, the weight a panel at a time.
+times more slowly than its float32 product runs; there the operands are widened here, the weight a panel at a time:
+a dense one, and a 4-bit one that the fused kernels do not serve (without AVX-512, or with blocks across rows).
 """
 
 from __future__ import annotations
