@@ -7,9 +7,8 @@ namespace peft_kernels {
 namespace {
 
 constexpr int64_t kLanes = kLinear4Lanes;
-constexpr int64_t kChunk = 64;  // summed elements of a panel, which is half as large as Skylake's L1
-constexpr int64_t kF32Run =
-    32;  // products summed apart, where the result is not rounded to fewer digits than sums have
+constexpr int64_t kChunk = 64;   // summed elements of a panel, which is half as large as Skylake's L1
+constexpr int64_t kF32Run = 32;  // products summed apart where the result keeps all digits of the sums
 constexpr int kMaxRows = 6;
 
 inline __m512 decode16(__m512 table, const uint8_t* packed, int t) {
