@@ -191,22 +191,24 @@ void down_gradient(const BottleneckJob& job, PanelStream<U>& stream, int64_t k0,
   }
 }
 
-// Tiles [begin, end) of dWu.
-template <class U>
-void up_gradients(const BottleneckJob& job, int64_t part, int64_t begin, int64_t end) {
+// gradient(job, stream, first column, sums) for tiles [begin, end) of a weight gradient that multiplies `from`.
+template <class U, class Gradient>
+void gradient_tiles(const BottleneckJob& job, const Source& from, int64_t width, int64_t part, int64_t begin,
+                    int64_t end, const Gradient& gradient) {
   float* sums = job.weight_scratch + part * weight_scratch_floats(job.adapter.r);
   uint32_t* panels = (uint32_t*)sums + (job.adapter.r + 1) * kPanelLanes;
-  PanelStream<U> stream(job, job.dy, job.adapter.N, begin, end, panels);
-  for (int64_t tile = begin; tile < end; ++tile) up_gradient(job, stream, tile * kPanelLanes, sums);
+  PanelStream<U> stream(job, from, width, begin, end, panels);
+  for (int64_t tile = begin; tile < end; ++tile) gradient(job, stream, tile * kPanelLanes, sums);
 }
 
-// Tiles [begin, end) of dWd.
+template <class U>
+void up_gradients(const BottleneckJob& job, int64_t part, int64_t begin, int64_t end) {
+  gradient_tiles<U>(job, job.dy, job.adapter.N, part, begin, end, up_gradient<U>);
+}
+
 template <class U>
 void down_gradients(const BottleneckJob& job, int64_t part, int64_t begin, int64_t end) {
-  float* sums = job.weight_scratch + part * weight_scratch_floats(job.adapter.r);
-  uint32_t* panels = (uint32_t*)sums + (job.adapter.r + 1) * kPanelLanes;
-  PanelStream<U> stream(job, job.x, job.adapter.K, begin, end, panels);
-  for (int64_t tile = begin; tile < end; ++tile) down_gradient(job, stream, tile * kPanelLanes, sums);
+  gradient_tiles<U>(job, job.x, job.adapter.K, part, begin, end, down_gradient<U>);
 }
 
 }  // namespace

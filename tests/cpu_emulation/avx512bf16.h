@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cpu/vec_avx512.h"  // its round_bf16, as long as __AVX512BF16__ is not defined
+
 namespace emulated {
 
 #define EMULATED static inline __attribute__((always_inline))
@@ -20,17 +22,9 @@ EMULATED __m512 dpbf16(__m512 sums, __m512bh a, __m512bh b) {
   return _mm512_fmadd_ps(lower(a), lower(b), _mm512_fmadd_ps(upper(a), upper(b), sums));
 }
 
-EMULATED __m256i round_to_even(__m512 v) {
-  const __m512i bits = _mm512_castps_si512(v),
-                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
-}
-
 EMULATED __m512bh cvtne2ps_pbh(__m512 high, __m512 low) {
-  return (__m512bh)_mm512_inserti64x4(_mm512_castsi256_si512(round_to_even(low)), round_to_even(high), 1);
+  return (__m512bh)_mm512_inserti64x4(_mm512_castsi256_si512(peft_kernels::round_bf16(low)),
+                                      peft_kernels::round_bf16(high), 1);
 }
 
 // Byte i of each quadword: eight of its bits, from bit control.byte[i] on.
@@ -57,7 +51,7 @@ EMULATED __m512i permutex2var(__m512i first, __m512i index, __m512i second) {
 }  // namespace emulated
 
 #define _mm512_dpbf16_ps emulated::dpbf16
-#define _mm512_cvtneps_pbh emulated::round_to_even
+#define _mm512_cvtneps_pbh peft_kernels::round_bf16
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define _mm512_multishift_epi64_epi8 emulated::multishift
 #define _mm512_permutex2var_epi8 emulated::permutex2var
