@@ -34,6 +34,8 @@ template <class U>
 void reduce(const BottleneckJob& job, const Source& from, int64_t length, RowBlock<U>& block) {
   const int64_t units = units_of<U>(length), size = dtype_size(from.matrix.dtype);
   const bool direct = plain(from) && from.matrix.dtype == U::kDtype && length % U::kElements == 0;
+  // Units summed apart: a chunk of float32 in one chain errs up to twice as much as eager's product of a single row.
+  const int64_t chain = from.matrix.dtype == DType::F32 ? 32 : kChunkUnits;
   for (int64_t u = 0; u < units; u += kChunkUnits) {
     const int64_t count = min64(kChunkUnits, units - u), k = u * U::kElements;
     const char* rows = (const char*)block.packed;
@@ -43,8 +45,10 @@ void reduce(const BottleneckJob& job, const Source& from, int64_t length, RowBlo
       pack_rows<U>(from, block.m0, block.rows, k, min64(count * U::kElements, length - k), block.packed, kPackedLd);
     for (int64_t lane = 0; lane < block.lanes; lane += kPanelLanes) {
       const int64_t W = min64(kPanelLanes, block.lanes - lane);
-      multiply_rows<U>(rows, direct ? from.matrix.ld * size : kPackedLd * 4, block.rows,
-                       job.reduce + lane * units + u * W, count, W, block.sums + lane, block.lanes, u > 0);
+      for (int64_t v = 0; v < count; v += chain)
+        multiply_rows<U>(rows + v * 4, direct ? from.matrix.ld * size : kPackedLd * 4, block.rows,
+                         job.reduce + lane * units + (u + v) * W, min64(chain, count - v), W, block.sums + lane,
+                         block.lanes, u + v > 0);
     }
   }
 }

@@ -17,7 +17,8 @@ constexpr int64_t kDotRows = 24;  // above, decoding a panel once beats decoding
 // Rows of `in` whose multiplication takes as long as decoding a panel: what a split over rows repeats.
 constexpr int64_t kForwardDecodeRows = 12, kBackwardDecodeRows = 6;
 // The same of the float32 kernels, and the rows that they multiply at a time.
-constexpr int64_t kF32DotRows = 4, kF32ForwardDecodeRows = 8, kF32BackwardDecodeRows = 5, kF32Rows = 256;
+constexpr int64_t kF32DotRows = 4, kF32ForwardDecodeRows = 8, kF32BackwardDecodeRows = 5, kF32Rows = 256,
+                  kF32RowsAvx2 = 64;
 constexpr int64_t kGrain = 1 << 18;  // products a thread does in about ten microseconds at M = 1
 
 void require(bool ok, const char* function, const std::string& message) {
@@ -28,12 +29,16 @@ bool blocks_fit(int64_t K, int64_t blocksize) { return blocksize % 64 == 0 && K 
 
 bool has_bf16_kernels(DType dtype) { return dtype == DType::BF16 && isa() == Isa::Avx512Bf16; }
 
-// Beyond these rows, decoding to scratch and the vendor's GEMM is faster (measured on Zen 4).
+// Beyond these rows, decoding a panel (Scalar: to scratch, for the vendor's GEMM) is faster.
 int64_t small_rows() { return isa() == Isa::Scalar ? 2 : isa() == Isa::Avx2 ? kLinear4SmallRows : kF32DotRows; }
 
-// Half precision would have to be widened for the vendor's float32 GEMM too; beyond these rows of float32, that GEMM
-// wins (4096 x 4096 on Skylake, vendor's time / ours, forward and dX: 256 rows 1.20 and 1.14, 512 rows 1.01 and 0.98).
-bool has_panels(DType dtype, int64_t M) { return isa() >= Isa::Avx512 && (dtype != DType::F32 || M <= kF32Rows); }
+// Half precision would have to be widened for the vendor's float32 GEMM too; beyond some rows of float32, that GEMM
+// wins. 4096 x 4096 on Skylake, vendor's time / ours, forward and dX, AVX-512: 256 rows 1.20 and 1.14, 512 rows 1.01
+// and 0.98; AVX2: 64 rows 1.30 and 1.11, 128 rows 1.10 and 0.94; bfloat16: 16 rows 1.4 and 1.6, 512 rows 1.07 and 0.98.
+bool has_panels(DType dtype, int64_t M) {
+  if (isa() < Isa::Avx2) return false;
+  return dtype != DType::F32 || M <= (isa() == Isa::Avx2 ? kF32RowsAvx2 : kF32Rows);
+}
 
 #if defined(__x86_64__)
 
@@ -82,6 +87,8 @@ void run_dot(const Linear4Job& job, int threads) {
   }
 }
 
+const Linear4F32Kernels& f32_kernels() { return isa() >= Isa::Avx512 ? kLinear4F32Avx512 : kLinear4F32Avx2; }
+
 // Row blocks so that their part of `in` and their sums stay in a core's L2: 512 rows take 12 % longer at once.
 void run_f32(const Linear4Job& job, int64_t length, int64_t lanes, int64_t decode_rows, int threads, Panel panel) {
   const int64_t blocks = (job.M + kF32Rows - 1) / kF32Rows;
@@ -90,7 +97,7 @@ void run_f32(const Linear4Job& job, int64_t length, int64_t lanes, int64_t decod
     const int64_t ld = length + 16;  // rows a power of two apart would share few sets of the cache
     float* copy = (float*)linear4_scratch(Linear4Scratch::Input, size_t((m1 - m0) * ld) * sizeof(float));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t m = m0; m < m1; ++m) linear4_widen_avx512(job, m, length, copy + (m - m0) * ld);
+    for (int64_t m = m0; m < m1; ++m) f32_kernels().widen_row(job, m, length, copy + (m - m0) * ld);
     Linear4Job wide = job;
     wide.in_f32 = copy, wide.ld_in_f32 = ld, wide.first_f32 = m0;
     run_panels(wide, m0, m1, lanes, decode_rows, threads, panel);
@@ -100,7 +107,7 @@ void run_f32(const Linear4Job& job, int64_t length, int64_t lanes, int64_t decod
 void run_forward(const Linear4Job& job, int threads) {
   const Weight4& w = *job.weight;
   if (!has_bf16_kernels(job.dtype))
-    return run_f32(job, w.K, w.N, kF32ForwardDecodeRows, threads, linear4_forward_panel_avx512);
+    return run_f32(job, w.K, w.N, kF32ForwardDecodeRows, threads, f32_kernels().forward_panel);
   if (job.M <= kDotRows) return run_dot(job, threads);
   run_panels(job, 0, job.M, w.N, kForwardDecodeRows, threads, linear4_forward_panel_avx512bf16);
 }
@@ -108,11 +115,11 @@ void run_forward(const Linear4Job& job, int threads) {
 void run_backward(const Linear4Job& job, int threads) {
   const Weight4& w = *job.weight;
   if (!has_bf16_kernels(job.dtype))
-    return run_f32(job, w.N, w.K, kF32BackwardDecodeRows, threads, linear4_backward_panel_avx512);
+    return run_f32(job, w.N, w.K, kF32BackwardDecodeRows, threads, f32_kernels().backward_panel);
   run_panels(job, 0, job.M, w.K, kBackwardDecodeRows, threads, linear4_backward_panel_avx512bf16);
 }
 
-#else  // never called: has_bf16_kernels() is false
+#else  // never called: has_panels() is false
 
 void run_forward(const Linear4Job&, int) {}
 void run_backward(const Linear4Job&, int) {}

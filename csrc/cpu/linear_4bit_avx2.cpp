@@ -1,20 +1,8 @@
 // y = x W' for few rows with AVX2 float32 FMA.
-#include <immintrin.h>
-
-#include "cpu/linear_4bit_kernels.h"
+#include "cpu/linear_4bit_decode_avx2.h"
 
 namespace peft_kernels {
 namespace {
-
-inline __m256 rounded(__m256 value, DType dtype) {
-  if (dtype == DType::F32) return value;
-  if (dtype == DType::F16) return _mm256_cvtph_ps(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-  const __m256i bits = _mm256_castps_si256(value);
-  const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lsb);
-  const __m256 even = _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(int(0xffff0000u))));
-  return _mm256_blendv_ps(even, value, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-}
 
 inline float sum(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -36,25 +24,15 @@ void dot(const Linear4SmallTile& tile, const float* scales, int64_t m, int64_t n
     for (int j = 0; j < NR; ++j) acc[i][j] = total[i][j] = _mm256_setzero_ps();
   const float* x = tile.x + m * w.K;
   for (int64_t block = 0; block < per_row; ++block) {
-    __m256 lower[NR], upper[NR];
+    Table table[NR];
 #pragma GCC unroll 4
-    for (int j = 0; j < NR; ++j) {
-      const __m256 scale = _mm256_set1_ps(scales[j * per_row + block]);
-      lower[j] = rounded(_mm256_mul_ps(_mm256_loadu_ps(code), scale), tile.dtype);
-      upper[j] = rounded(_mm256_mul_ps(_mm256_loadu_ps(code + 8), scale), tile.dtype);
-    }
+    for (int j = 0; j < NR; ++j) table[j] = rounded_table(code, scales[j * per_row + block], tile.dtype);
     for (int64_t k = block * w.blocksize; k < (block + 1) * w.blocksize; k += 64) {
 #pragma GCC unroll 8
       for (int s = 0; s < 8; ++s) {
         __m256 decoded[NR];
 #pragma GCC unroll 4
-        for (int j = 0; j < NR; ++j) {
-          const __m256i packed = _mm256_loadu_si256((const __m256i*)(w.packed + ((n + j) * w.K + k) / 2));
-          const __m256i nibbles = _mm256_srli_epi32(packed, 4 * s);  // vpermps reads 3 index bits
-          const __m256 fourth_bit = _mm256_castsi256_ps(_mm256_slli_epi32(packed, 28 - 4 * s));
-          decoded[j] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower[j], nibbles),
-                                        _mm256_permutevar8x32_ps(upper[j], nibbles), fourth_bit);
-        }
+        for (int j = 0; j < NR; ++j) decoded[j] = decode8(table[j], w.packed + ((n + j) * w.K + k) / 2, s);
 #pragma GCC unroll 4
         for (int i = 0; i < MR; ++i) {
           const __m256 v = _mm256_loadu_ps(x + i * w.K + k + 8 * s);

@@ -1,5 +1,5 @@
 // y = x W' for few rows with AVX-512 float32 FMA.
-#include "cpu/linear_4bit_decode.h"
+#include "cpu/linear_4bit_decode_avx512.h"
 
 namespace peft_kernels {
 namespace {

@@ -1,7 +1,7 @@
 // Decode into pairs of bfloat16: what the dot form and the broadcast form of the bf16 kernels share.
 #pragma once
 
-#include "cpu/linear_4bit_decode.h"
+#include "cpu/linear_4bit_decode_avx512.h"
 #include "cpu/linear_4bit_finish.h"
 
 namespace peft_kernels {

@@ -1,4 +1,4 @@
-// Scales and tables of the AVX-512 kernels.
+// Scales of the 4-bit kernels, and the order in which they decode.
 #pragma once
 
 #include <immintrin.h>
@@ -27,27 +27,10 @@ inline void column_scales(const Weight4& w, int64_t k, int64_t n, int64_t count,
   }
 }
 
-// How far dword i of 32 packed bytes, repeated in both halves, is shifted so that its lowest nibble is element
-// nibble_order(t, i) of the 64: one shift and one look-up decode 16 of them, in an order that costs nothing where the
-// other operand or the result is put in the same.
-inline int nibble_order(int t, int i) { return i < 8 ? 8 * i + 2 * t + 1 : 8 * (i - 8) + 2 * t; }
-
-inline __m512i nibble_shifts(int t) {
-  return _mm512_inserti64x4(_mm512_set1_epi32(8 * t), _mm256_set1_epi32(8 * t + 4), 1);
-}
-
-// The 16 scaled codes rounded to the dtype that weights have.
-inline __m512 rounded_table(__m512 code, float scale, DType dtype) {
-  const __m512 product = _mm512_mul_ps(code, _mm512_set1_ps(scale));
-  if (dtype == DType::F32) return product;
-  if (dtype == DType::F16)
-    return _mm512_cvtph_ps(_mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  const __m512i bits = _mm512_castps_si512(product);
-  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lsb);
-  const __m512 rounded = _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(0xffff0000u))));
-  return _mm512_mask_mov_ps(rounded, _mm512_cmp_ps_mask(product, product, _CMP_UNORD_Q), product);
-}
+// Of the 8 dwords that hold 64 elements, nibble s of dword j is element 8 j + (s ^ 1). Element position 8 s + j of what
+// is decoded: a shift and a look-up for a nibble of every dword, in an order that costs nothing where the other operand
+// or the result is put in the same.
+inline int nibble_order(int position) { return 8 * (position % 8) + (position / 8 ^ 1); }
 
 }  // namespace
 }  // namespace peft_kernels

@@ -1,17 +1,16 @@
-// The epilogue of the AVX-512 kernels: float32 sums + bias + LoRA terms -> the result's dtype, rounded once.
+// The epilogue of the GEMM kernels: float32 sums + bias + LoRA terms -> the result's dtype, rounded once.
 #pragma once
-
-#include <immintrin.h>
 
 #include "cpu/linear_4bit_kernels.h"
 #include "cpu/philox.h"
-#include "cpu/vec_avx512.h"
+#include "cpu/vec.h"
 
 namespace peft_kernels {
 namespace {
 
-constexpr int64_t kGroups = kLinear4Lanes / 16;
 constexpr int64_t kTermRun = 64;  // ranks summed apart: a longer sum of float32 would err more than eager's
+// Groups of 16 lanes whose sums, for a few rows, stay in registers.
+constexpr int kTileGroups = kVecRegisters == 32 ? kLinear4Lanes / kVec : 1;
 
 // The right operands of the terms for lanes [lane0, lane0 + 64), float32, scaled: [sum of r][64], zeros past `limit`.
 // `right_is_lane_major`: stored [lanes, r] (B, forward) rather than [r, lanes] (A, backward).
@@ -21,26 +20,24 @@ inline const float* pack_terms(const Linear4Job& job, int64_t lane0, int64_t lim
   float* to = packed;
   for (int64_t t = 0; t < job.term_count; ++t) {
     const Linear4Term& term = job.terms[t];
-    const __m512 scaling = _mm512_set1_ps(term.scaling);
-    for (int64_t g = 0; g < kGroups; ++g) {
-      const int64_t lane = lane0 + 16 * g;
+    const Vec scaling = vec_set(term.scaling);
+    for (int64_t g = 0; g < kLinear4Lanes; g += kVec) {
+      const int64_t lane = lane0 + g;
       if (right_is_lane_major) {
-        for (int64_t j = 0; j < term.r; j += 16) {
-          __m512i v[16];
-          for (int64_t i = 0; i < 16; ++i)
+        for (int64_t j = 0; j < term.r; j += kVec) {
+          Vec v[kVec];
+          for (int64_t i = 0; i < kVec; ++i)
             v[i] =
-                lane + i < limit
-                    ? _mm512_castps_si512(load16(term.right, term.dtype, (lane + i) * term.r + j, first16(term.r - j)))
-                    : _mm512_setzero_si512();
-          transpose16(v);
-          for (int64_t i = 0; i < min64(16, term.r - j); ++i)
-            _mm512_storeu_ps(to + (j + i) * kLinear4Lanes + 16 * g, _mm512_mul_ps(_mm512_castsi512_ps(v[i]), scaling));
+                lane + i < limit ? vec_load(term.right, term.dtype, (lane + i) * term.r + j, term.r - j) : vec_zero();
+          vec_transpose(v);
+          for (int64_t i = 0; i < min64(kVec, term.r - j); ++i)
+            vec_store(to + (j + i) * kLinear4Lanes + g, v[i] * scaling);
         }
       } else {
-        const __mmask16 lanes = lane < limit ? first16(limit - lane) : 0;
         for (int64_t j = 0; j < term.r; ++j)
-          _mm512_storeu_ps(to + j * kLinear4Lanes + 16 * g,
-                           _mm512_mul_ps(load16(term.right, term.dtype, j * limit + lane, lanes), scaling));
+          vec_store(
+              to + j * kLinear4Lanes + g,
+              lane < limit ? vec_load(term.right, term.dtype, j * limit + lane, limit - lane) * scaling : vec_zero());
       }
     }
     to += term.r * kLinear4Lanes;
@@ -55,66 +52,63 @@ struct FinishTile {
 };
 
 template <int ROWS>
-inline void store_rows(const __m512 (&c)[ROWS][kGroups], void* matrix, const Linear4Job& job, const FinishTile& tile) {
+inline void store_rows(const Vec (&c)[ROWS][kTileGroups], void* matrix, const Linear4Job& job, const FinishTile& tile) {
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g)
-      if (tile.lanes > 16 * g)
-        store16(matrix, job.dtype, (tile.m + i) * job.ld_out + tile.lane0 + 16 * g, c[i][g],
-                first16(tile.lanes - 16 * g));
+    for (int g = 0; g < kTileGroups; ++g)
+      if (tile.lanes > kVec * g)
+        vec_store(matrix, job.dtype, (tile.m + i) * job.ld_out + tile.lane0 + kVec * g, c[i][g], tile.lanes - kVec * g);
 }
 
 template <int ROWS>
 inline void finish_rows(const Linear4Job& job, const FinishTile& tile) {
-  __m512 c[ROWS][kGroups];
+  constexpr int64_t kWidth = kVec * kTileGroups;
+  Vec c[ROWS][kTileGroups];
 #pragma GCC unroll 4
-  for (int g = 0; g < kGroups; ++g) {
-    const int64_t left = tile.lanes - 16 * g;
-    const __m512 bias = job.bias && left > 0 ? load16(job.bias, job.bias_dtype, tile.lane0 + 16 * g, first16(left))
-                                             : _mm512_setzero_ps();
+  for (int g = 0; g < kTileGroups; ++g) {
+    const int64_t left = tile.lanes - kVec * g;
+    const Vec bias =
+        job.bias && left > 0 ? vec_load(job.bias, job.bias_dtype, tile.lane0 + kVec * g, left) : vec_zero();
 #pragma GCC unroll 4
-    for (int i = 0; i < ROWS; ++i)
-      c[i][g] = _mm512_add_ps(_mm512_loadu_ps(tile.sums + i * kLinear4Lanes + 16 * g), bias);
+    for (int i = 0; i < ROWS; ++i) c[i][g] = vec_load(tile.sums + i * kLinear4Lanes + kVec * g) + bias;
   }
   const float* right = tile.packed_terms;
   for (int64_t t = 0; t < job.term_count; ++t) {
     const Linear4Term& term = job.terms[t];
-    alignas(64) float mask[ROWS][kLinear4Lanes];
+    alignas(64) float mask[ROWS][kWidth];
     for (int i = 0; term.p != 0 && i < ROWS; ++i)
-      dropout_scale_row(term.seed, tile.m + i, tile.lane0, kLinear4Lanes, term.p, mask[i]);
+      dropout_scale_row(term.seed, tile.m + i, tile.lane0, kWidth, term.p, mask[i]);
     const float* left = term.left + tile.m * term.ld;
     for (int64_t j0 = 0; j0 < term.r; j0 += kTermRun) {
-      __m512 d[ROWS][kGroups];
+      Vec d[ROWS][kTileGroups];
 #pragma GCC unroll 4
       for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-        for (int g = 0; g < kGroups; ++g) d[i][g] = _mm512_setzero_ps();
+        for (int g = 0; g < kTileGroups; ++g) d[i][g] = vec_zero();
       for (int64_t j = j0; j < min64(term.r, j0 + kTermRun); ++j, right += kLinear4Lanes) {
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; ++i) {
-          const __m512 s = _mm512_set1_ps(left[i * term.ld + j]);
+          const Vec s = vec_set(left[i * term.ld + j]);
 #pragma GCC unroll 4
-          for (int g = 0; g < kGroups; ++g) d[i][g] = _mm512_fmadd_ps(s, _mm512_loadu_ps(right + 16 * g), d[i][g]);
+          for (int g = 0; g < kTileGroups; ++g) d[i][g] = multiply_add(s, vec_load(right + kVec * g), d[i][g]);
         }
       }
 #pragma GCC unroll 4
       for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-        for (int g = 0; g < kGroups; ++g) {
-          const __m512 product = term.p != 0 ? _mm512_mul_ps(d[i][g], _mm512_load_ps(mask[i] + 16 * g)) : d[i][g];
-          c[i][g] = _mm512_add_ps(c[i][g], product);
-        }
+        for (int g = 0; g < kTileGroups; ++g)
+          c[i][g] = c[i][g] + (term.p != 0 ? d[i][g] * vec_load(mask[i] + kVec * g) : d[i][g]);
     }
   }
   if (job.out_scale) {
     if (job.unscaled) store_rows<ROWS>(c, job.unscaled, job, tile);
 #pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) {
-      const int64_t lane = tile.lane0 + 16 * g, left = tile.lanes - 16 * g;
-      const __m512 scale = left > 0 ? _mm512_maskz_loadu_ps(first16(left), job.out_scale + lane) : _mm512_setzero_ps();
+    for (int g = 0; g < kTileGroups; ++g) {
+      const int64_t lane = tile.lane0 + kVec * g, left = tile.lanes - kVec * g;
+      const Vec scale = left > 0 ? vec_load(job.out_scale, DType::F32, lane, left) : vec_zero();
 #pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) c[i][g] = _mm512_mul_ps(c[i][g], scale);
+      for (int i = 0; i < ROWS; ++i) c[i][g] = c[i][g] * scale;
     }
   }
   store_rows<ROWS>(c, job.out, job, tile);
@@ -122,10 +116,16 @@ inline void finish_rows(const Linear4Job& job, const FinishTile& tile) {
 
 // out[m : m + rows, lane0 : lane0 + lanes] from sums [rows][64]; lanes <= 64.
 inline void finish(const Linear4Job& job, FinishTile tile, int64_t rows) {
-  for (; rows >= 4; rows -= 4, tile.m += 4, tile.sums += 4 * kLinear4Lanes) finish_rows<4>(job, tile);
-  if (rows == 3) return finish_rows<3>(job, tile);
-  if (rows == 2) return finish_rows<2>(job, tile);
-  if (rows == 1) return finish_rows<1>(job, tile);
+  constexpr int64_t kWidth = kVec * kTileGroups;
+  for (; tile.lanes > 0; tile.lane0 += kWidth, tile.lanes -= kWidth, tile.sums += kWidth) {
+    FinishTile part = tile;
+    int64_t left = rows;
+    for (; left >= 4; left -= 4, part.m += 4, part.sums += 4 * kLinear4Lanes) finish_rows<4>(job, part);
+    if (left == 3) finish_rows<3>(job, part);
+    if (left == 2) finish_rows<2>(job, part);
+    if (left == 1) finish_rows<1>(job, part);
+    if (tile.packed_terms) tile.packed_terms += kWidth;
+  }
 }
 
 }  // namespace

@@ -48,13 +48,16 @@ void linear4_dot_avx512bf16(const Linear4Job& job, const uint16_t* x, int64_t n0
 void linear4_forward_panel_avx512bf16(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
 void linear4_backward_panel_avx512bf16(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
 
-// With float32 arithmetic, for every dtype: what runs without AVX512-BF16, and on float16 and float32 with it.
-void linear4_forward_panel_avx512(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
-void linear4_backward_panel_avx512(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
-void linear4_widen_avx512(const Linear4Job& job, int64_t m, int64_t count, float* out);  // row m of `in`
+// The same with float32 arithmetic, for every dtype: what runs without AVX512-BF16, and on float16 and float32 with it.
+struct Linear4F32Kernels {
+  void (*forward_panel)(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
+  void (*backward_panel)(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1);
+  void (*widen_row)(const Linear4Job& job, int64_t m, int64_t count, float* out);  // row m of `in`
+};
+extern const Linear4F32Kernels kLinear4F32Avx2, kLinear4F32Avx512;
 
 // Dot form in float32 arithmetic, forward.
-constexpr int64_t kLinear4SmallRows = 16;
+constexpr int64_t kLinear4SmallRows = 8;
 constexpr int64_t kLinear4SmallLanes = 64;
 void linear4_small_forward(const Linear4Job& job, int threads);
 

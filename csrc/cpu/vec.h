@@ -71,7 +71,7 @@ struct Vec {
 constexpr int kVecRegisters = 16;
 
 PK_INLINE Vec vec_zero() { return {VecHalf{}, VecHalf{}}; }
-PK_INLINE Vec vec_set(float value) { return {VecHalf{} + value, VecHalf{} + value}; }
+PK_INLINE Vec vec_set(float x) { return {VecHalf{x, x, x, x, x, x, x, x}, VecHalf{x, x, x, x, x, x, x, x}}; }
 PK_INLINE Vec vec_load(const float* p) {
   Vec v;
   __builtin_memcpy(&v.a, p, 32);

@@ -2,7 +2,7 @@
 
 Where a processor has no instructions for x's half precision, torch widens, multiplies and rounds by itself, several
 times more slowly than its float32 product runs; there the operands are widened here, the weight a panel at a time:
-a dense one, and a 4-bit one that the fused kernels do not serve (without AVX-512, or with blocks across rows).
+a dense one, and a 4-bit one that the fused kernels do not serve (without AVX2, or with blocks across rows).
 """
 
 from __future__ import annotations
