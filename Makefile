@@ -58,7 +58,7 @@ build: .venv/built
 SANITIZE := build/sanitize
 sanitize: .venv/installed
 	PEFT_KERNELS_BUILD=cpu LDFLAGS="-fsanitize=address,undefined" \
-	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv -g1" \
+	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -fno-wrapv -g1 -O1" \
 	PEFT_KERNELS_EMULATE=$(shell grep -qsw avx512_bf16 /proc/cpuinfo || echo avx512bf16) \
 	$(PY) setup.py --quiet build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	cd $(SANITIZE)/lib && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 
 class BackendError(RuntimeError):
@@ -23,6 +24,40 @@ def check_virtual_tokens(value: int) -> None:
     """The length of a learned prompt."""
     if value < 1:
         raise bad_value("num_virtual_tokens", "at least 1", value, "Typical are 10 to 100.")
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; torch refuses to say for "meta", which it leaves as it is."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def check_range(argument: str, value: object, high: float, expected: str, remedy: str) -> None:
+    """A number from 0 to `high`."""
+    if not isinstance(value, (int, float)):
+        raise bad_type(argument, expected, value, remedy)
+    if not 0 <= value <= high:
+        raise bad_value(argument, expected, value, remedy)
+
+
+def check_probability(argument: str, value: object) -> None:
+    """A number from 0 to 1."""
+    check_range(argument, value, 1, "a probability from 0 to 1", "Check the adapter's configuration.")
+
+
+def check_linear(argument: str, layer: object, *others: type[nn.Module]) -> None:
+    """An nn.Linear or one of `others`; not bitsandbytes' subclasses, whose weight is codes, even where of floats."""
+    if not isinstance(layer, (nn.Linear, *others)):
+        expected = " or ".join(("nn.Linear", *(other.__name__ for other in others)))
+        raise bad_type(argument, expected, layer, "Pass the linear layer itself.")
+    if isinstance(layer, nn.Linear) and (not layer.weight.is_floating_point() or hasattr(layer.weight, "quant_state")):
+        remedy = "Use from_bnb for a bitsandbytes.nn.Linear4bit; dequantize any other quantized layer first."
+        raise bad_type(argument, "nn.Linear with a dense weight", layer, remedy)
+
+
+def check_bnb(argument: str, layer: object) -> None:
+    """A bitsandbytes.nn.Linear4bit, known by its weight's attribute."""
+    if not hasattr(getattr(layer, "weight", None), "quant_state"):
+        raise bad_type(argument, "a bitsandbytes.nn.Linear4bit", layer, "Use from_linear for an nn.Linear.")
 
 
 def check_tensor(argument: str, value: object, ndim: int | None = None) -> None:

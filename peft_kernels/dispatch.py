@@ -14,10 +14,12 @@ import functools
 import importlib
 import logging
 import os
+import threading
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .checks import BackendError, bad_value
 
@@ -46,7 +48,20 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 _requested = os.environ.get("PEFT_KERNELS_BACKEND", "auto")
 if _requested not in (*BACKENDS, "auto"):
     raise bad_value("PEFT_KERNELS_BACKEND", f"one of {(*BACKENDS, 'auto')}", repr(_requested), "Unset it.")
-_recorder: list[Explanation | str] | None = None
+_unentered: use_backend | None = None  # what made the setting in force, until a `with` has taken it
+
+
+class _Recorder(threading.local):
+    """This thread's: what `record` is told, or None outside of it; and whether it is for `probe`."""
+
+    def __init__(self) -> None:
+        self.steps: list[Explanation | str] | None = None
+        self.probing = False
+
+
+_recorder = _Recorder()
+_recorders = 0  # how many threads record: where that is none, a call has no need of the thread's own attributes
+_counting = threading.Lock()
 
 
 class Explanation:
@@ -71,21 +86,26 @@ class use_backend:
     Args:
         name: "native", "triton", "reference", or "auto" (the first that can serve each call). A backend named here
             never falls back: a call that it cannot serve raises `BackendError`. The setting holds for the process;
-            the environment variable PEFT_KERNELS_BACKEND sets its start value.
+            the environment variable PEFT_KERNELS_BACKEND sets its start value. It may be kept and entered later.
     """
 
     def __init__(self, name: str):
-        global _requested
+        global _requested, _unentered
         if name not in (*BACKENDS, "auto"):
             raise bad_value("name", f"one of {(*BACKENDS, 'auto')}", repr(name), "See peft_kernels.backends().")
-        self._previous, _requested = _requested, name
+        self._name, self._before = name, _requested
+        self._restore: list[str] = []  # what was in force where each `with` began
+        _requested, _unentered = name, self
 
     def __enter__(self) -> use_backend:
+        global _requested, _unentered
+        self._restore.append(self._before if _unentered is self else _requested)
+        _requested, _unentered = self._name, None
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        global _requested
-        _requested = self._previous
+        global _requested, _unentered
+        _requested, _unentered = self._restore.pop(), None
 
 
 @functools.cache
@@ -113,7 +133,10 @@ def choose(
     vendor: why torch's own operations serve this call best; `auto` then takes the reference, which is not slow here.
     call: arguments of the native module's `why_not_call`, which is asked for CUDA tensors.
     """
-    if vendor is not None and _requested == "auto":
+    if forward_ad._current_level >= 0 and _requested != "reference" and op != "nf4":  # the codec has no derivative
+        passed = BACKENDS[:-1] if _requested == "auto" else (_requested,)
+        chosen, passed_over = "reference" if _requested == "auto" else None, tuple((b, _FORWARD_MODE) for b in passed)
+    elif vendor is not None and _requested == "auto":
         chosen, passed_over = "reference", (("native", vendor),)
     else:
         not_native = None
@@ -122,8 +145,8 @@ def choose(
             traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
             not_native = _TRACED if traced else implementation(op, "native").why_not_call(*call)
         chosen, passed_over = _found(op, _requested, device, dtypes, not_native)
-    if _recorder is not None:
-        _recorder.append(Explanation(op, chosen, dict(passed_over)))
+    if _recorders and _recorder.steps is not None:
+        _recorder.steps.append(Explanation(op, chosen, dict(passed_over)))
         raise _Explained
     if chosen is None:
         raise BackendError(
@@ -133,6 +156,7 @@ def choose(
     return chosen
 
 
+_FORWARD_MODE = "it has no forward-mode derivative, and a level of forward-mode AD is open (torch.func.jvp, dual_level)"
 _TRACED = "its CUDA kernels are not chosen under torch.compile or a dispatch mode"
 
 
@@ -217,36 +241,50 @@ def explain(module_or_function: Any, *args: Any, **kwargs: Any) -> str:
 
 def record(call: Any, *args: Any, **kwargs: Any) -> list[Explanation | str]:
     """What `call` would run, up to its first operation, as `choose` decides it, and the notes that come before."""
-    global _recorder
-    _recorder = []
+    global _recorders
+    steps: list[Explanation | str] = []
+    with _counting:
+        _recorders += 1
+    _recorder.steps = steps
     try:
         call(*args, **kwargs)
     except _Explained:
         pass
     except Exception as error:
-        if not _recorder:
+        if not steps:
             raise
-        _recorder.append(f"  and that fails with {type(error).__name__}: {error}")
+        steps.append(f"  and that fails with {type(error).__name__}: {error}")
     finally:
-        recorded, _recorder = _recorder, None
-    return recorded
+        _recorder.steps = None
+        with _counting:
+            _recorders -= 1
+    return steps
+
+
+def probe(call: Any, *args: Any, **kwargs: Any) -> list[Explanation | str]:
+    """As `record`, of a call nobody made: a note that it is left to others ends it, so that none of their code runs."""
+    _recorder.probing = True
+    try:
+        return record(call, *args, **kwargs)
+    finally:
+        _recorder.probing = False
 
 
 def undirected() -> bool:
     """Whether a layer may do a call as it likes: no backend was asked for by name, and the call is to be done."""
-    return _requested == "auto" and _recorder is None
+    return _requested == "auto" and (not _recorders or _recorder.steps is None)
 
 
 def recording() -> bool:
     """Whether this call is only asked which kernel it would run."""
-    return _recorder is not None
+    return bool(_recorders) and _recorder.steps is not None
 
 
 def note(text: str, *, final: bool = False) -> None:
-    """Tell `record` why no operation is called here; `final` ends the recorded call."""
-    if _recorder is not None:
-        _recorder.append(text)
-        if final:
+    """Tell `record` why no operation is called here; `final` ends the recorded call, and so does any in `probe`."""
+    if _recorders and _recorder.steps is not None:
+        _recorder.steps.append(text)
+        if final or _recorder.probing:
             raise _Explained
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from . import dispatch
-from .checks import bad_type, bad_value, check_bias, check_device, check_input, check_tensor
+from .checks import autocasts, bad_type, bad_value, check_bias, check_device, check_input, check_tensor
 from .ops.nf4 import layout as layouts
 from .ops.nf4 import op as nf4
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DECODED = (*DTYPES, torch.float64)
 
 _lib = torch.library.Library("peft_kernels", "FRAGMENT")
 _lib.define("dequantize_4bit(Tensor[] weight, int[] meta, ScalarType dtype, str backend) -> Tensor")
@@ -52,26 +53,36 @@ class Weight4bit:
     layout: str = "bnb"
 
     def __post_init__(self) -> None:
-        if self.quant_type not in nf4.QUANT_TYPES:
-            raise bad_value("quant_type", f"one of {nf4.QUANT_TYPES}", repr(self.quant_type), "Choose 'nf4' or 'fp4'.")
+        _check_choices(self.quant_type, self.blocksize, self.dtype)
         if self.layout not in layouts.LAYOUTS:
             raise bad_value("layout", f"one of {layouts.LAYOUTS}", repr(self.layout), "Use with_layout to change it.")
-        if len(self.shape) != 2:
-            raise bad_value("shape", "(N, K)", self.shape, "Reshape the weight to two dimensions.")
-        numel, blocks = self.shape[0] * self.shape[1], self.blocks
-        expected = {"packed": (self.packed, (numel + 1) // 2), "absmax": (self.absmax, blocks)}
-        if self.nested is not None:
-            expected["nested.absmax2"] = (self.nested.absmax2, -(-blocks // self.nested.blocksize))
-            expected["nested.code"] = (self.nested.code, 256)
-            expected["nested.offset"] = (self.nested.offset, 1)
-        for name, (tensor, length) in expected.items():
-            if tensor.numel() != length:
-                remedy = "The data is truncated or belongs to another shape or blocksize."
-                raise bad_value(name, f"{length} elements for shape {tuple(self.shape)}", tensor.numel(), remedy)
-        absmax_dtype = torch.uint8 if self.nested is not None else torch.float32
-        for name, tensor, dtype in (("packed", self.packed, torch.uint8), ("absmax", self.absmax, absmax_dtype)):
-            if tensor.dtype != dtype:
-                raise bad_value(name, str(dtype), tensor.dtype, "Build it with Weight4bit.quantize or from_bnb.")
+        if len(self.shape) != 2 or min(self.shape) < 0:
+            raise bad_value("shape", "(N, K), not negative", self.shape, "Reshape the weight to two dimensions.")
+        nested, blocks = self.nested, self.blocks
+        packed_bytes = (self.shape[0] * self.shape[1] + 1) // 2
+        self._check_part("packed", self.packed, packed_bytes, torch.uint8)
+        self._check_part("absmax", self.absmax, blocks, torch.float32 if nested is None else torch.uint8)
+        if nested is not None:
+            if nested.blocksize < 1:
+                raise bad_value("nested.blocksize", "at least 1", nested.blocksize, "bitsandbytes' is 256.")
+            self._check_part("nested.absmax2", nested.absmax2, -(-blocks // nested.blocksize), torch.float32)
+            self._check_part("nested.code", nested.code, 256, torch.float32)
+            self._check_part("nested.offset", nested.offset, 1, torch.float32)
+
+    def _check_part(self, name: str, tensor: object, length: int, dtype: torch.dtype) -> None:
+        """What kernels take for granted of one of the tensors: they read its memory."""
+        if not isinstance(tensor, torch.Tensor):
+            raise bad_type(name, "a torch.Tensor", tensor, "Build it with Weight4bit.quantize or from_bnb.")
+        if tensor.numel() != length:
+            remedy = "The data is truncated or belongs to another shape or blocksize."
+            raise bad_value(name, f"{length} elements for shape {tuple(self.shape)}", tensor.numel(), remedy)
+        if tensor.dtype != dtype:
+            raise bad_value(name, str(dtype), tensor.dtype, "Build it with Weight4bit.quantize or from_bnb.")
+        if not tensor.is_contiguous():
+            raise bad_value(name, "a contiguous tensor", f"strides {tensor.stride()}", "Pass it .contiguous().")
+        if tensor.device != self.device:
+            remedy = f"Move it with .to('{self.device}')."
+            raise bad_value(name, f"device {self.device} (that of packed)", tensor.device, remedy)
 
     @property
     def blocks(self) -> int:
@@ -109,16 +120,15 @@ class Weight4bit:
         and its mean depends on the order of summation).
 
         Raises:
-            ValueError: w is not two-dimensional or not of such a dtype; unknown quant_type; blocksize not a power of
-                two from 32 to 4096.
+            ValueError: w is not two-dimensional, not dense or not of such a dtype; unknown quant_type; blocksize not a
+                power of two from 32 to 4096.
         """
         check_tensor("w", w, 2)
         if w.dtype not in DTYPES:
             raise bad_value("w", f"a dtype of {DTYPES}", w.dtype, "Cast it first.")
-        if quant_type not in nf4.QUANT_TYPES:
-            raise bad_value("quant_type", f"one of {nf4.QUANT_TYPES}", repr(quant_type), "Choose 'nf4' or 'fp4'.")
-        if blocksize not in nf4.BLOCKSIZES:
-            raise bad_value("blocksize", f"one of {nf4.BLOCKSIZES}", blocksize, "The default is 64.")
+        if w.layout is not torch.strided:
+            raise bad_value("w", "a dense tensor", w.layout, "Pass w.to_dense().")
+        _check_choices(quant_type, blocksize, w.dtype)
         flat = w.detach().contiguous().view(-1)
         packed, absmax = nf4.quantize(flat, blocksize, quant_type)
         nested = None
@@ -135,23 +145,30 @@ class Weight4bit:
         with AVX512-BF16) is unpacked into a new tensor; its scales stay as that repacking rounded them, to bfloat16.
 
         Raises:
-            TypeError: neither of the two. ValueError: not quantized yet, or not a matrix.
+            TypeError: neither of the two. ValueError: not quantized yet, not a matrix, or damaged.
         """
+        if isinstance(weight, tuple) and len(weight) != 2:
+            raise bad_value("weight", "a pair (packed, quant_state)", f"{len(weight)} items", "Pass layer.weight.")
         packed, state = weight if isinstance(weight, tuple) else (weight, getattr(weight, "quant_state", None))
         if not isinstance(packed, torch.Tensor):
             raise bad_type("weight", "a Params4bit or (packed, quant_state)", weight, "Pass layer.weight.")
         if state is None:
             remedy = "Move the layer to a device first (layer.to('cpu') or .to('cuda')): bitsandbytes quantizes then."
             raise bad_value("weight", "a quantized weight with a quant_state", "quant_state None", remedy)
-        data = packed.data if packed.data.dtype == torch.uint8 else packed.data.view(torch.uint8)
-        absmax, nested = state.absmax, None
+        if not hasattr(state, "absmax"):
+            raise bad_type("quant_state", "a bitsandbytes QuantState", state, "Build one with QuantState.from_dict.")
+        if len(state.shape or ()) != 2:
+            remedy = "Only a linear layer's weight is a matrix."
+            raise bad_value("quant_state.shape", "(N, K)", state.shape and tuple(state.shape), remedy)
+        data, absmax, nested = packed.data.reshape(-1).view(torch.uint8), state.absmax, None
         n, k = state.shape
         if getattr(state, "packing_format_for_cpu", False):
             data, absmax = _unpack_cpu_layout(data, n, k), absmax.t().float().contiguous()
         elif state.nested:
             inner = state.state2
-            nested = Nested(inner.absmax, inner.code, state.offset, inner.blocksize)
-        return cls(data.reshape(-1), absmax.reshape(-1), nested, (n, k), state.dtype, state.blocksize, state.quant_type)
+            # transformers loads with the model's dtype as torch's default, and bitsandbytes makes some of these in that
+            nested = Nested(inner.absmax.float(), inner.code.float(), state.offset.float(), inner.blocksize)
+        return cls(data, absmax.reshape(-1), nested, (n, k), state.dtype, state.blocksize, state.quant_type)
 
     def to_bnb(self) -> Any:
         """A `bitsandbytes.nn.Params4bit` that shares this weight's memory (a copy of the codes if they are tiled)."""
@@ -165,7 +182,7 @@ class Weight4bit:
         state = QuantState(
             absmax=self.absmax,
             shape=torch.Size(self.shape),
-            code=nf4.code_book(self.quant_type, self.device),
+            code=nf4.code_book(self.quant_type, self.device).clone(),  # safetensors refuses memory shared by layers
             blocksize=self.blocksize,
             quant_type=self.quant_type,
             dtype=self.dtype,
@@ -183,8 +200,15 @@ class Weight4bit:
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W (N, K) in `dtype` (default: the dtype it was quantized from): code * scale in float32, rounded once."""
-        dtype = dtype or self.dtype
+        """W (N, K) in `dtype` (default: the dtype it was quantized from): code * scale in float32, rounded once.
+
+        Raises:
+            TypeError, ValueError: dtype is not float32, float16, bfloat16 or (on the reference path) float64.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in _DECODED:
+            wrong = bad_value if isinstance(dtype, torch.dtype) else bad_type
+            raise wrong("dtype", f"one of {_DECODED}", dtype, "Decode to one of them, then cast.")
         backend = dispatch.choose("nf4", self.device, (dtype,))
         if backend == "reference" or self.packed.numel() == 0:
             return nf4.dequantize_reference(self, dtype)
@@ -246,11 +270,24 @@ class Weight4bit:
         return weight
 
 
+def _check_choices(quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
+    """What a weight may be besides its tensors."""
+    if quant_type not in nf4.QUANT_TYPES:
+        raise bad_value("quant_type", f"one of {nf4.QUANT_TYPES}", repr(quant_type), "Choose 'nf4' or 'fp4'.")
+    if blocksize not in nf4.BLOCKSIZES:
+        raise bad_value("blocksize", f"one of {nf4.BLOCKSIZES}", blocksize, "The default is 64.")
+    if dtype not in DTYPES:
+        raise bad_value("dtype", f"one of {DTYPES}", dtype, "Choose the dtype of the layer's input.")
+
+
 def _unpack_cpu_layout(data: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """bitsandbytes' CPU layout [N/32][K/2][32 bytes] -> the canonical one.
 
     Byte j of a group: element (row j // 2, column j % 2) in the low nibble, that of row 16 + j // 2 in the high one.
     """
+    if n % 32 or k % 2 or 2 * data.numel() != n * k:
+        expected, got = f"{n * k // 2} bytes of whole groups of 32 rows", f"{data.numel()} for shape {(n, k)}"
+        raise bad_value("weight", expected, got, "The data is truncated or belongs to another shape.")
     groups = data.view(n // 32, k // 2, 16, 2)
     rows = torch.stack([groups & 0xF, groups >> 4], dim=2).view(n // 32, k // 2, 32, 2)
     nibbles = rows.transpose(1, 2).reshape(-1, 2)
@@ -299,7 +336,7 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype | None = None) -> tor
         Tensor: (N, K) of dtype, without gradient.
 
     Raises:
-        TypeError: weight is no Weight4bit.
+        TypeError: weight is no Weight4bit, or dtype no dtype. ValueError: another dtype.
     """
     return check_weight4bit(weight).dequantize(dtype)
 
@@ -319,7 +356,7 @@ def check_base(x: torch.Tensor, weight: object, bias: object) -> tuple[int, int]
         raise bad_value("weight", "shape (N, K)", tuple(weight.shape), "Pass the linear layer's weight.")
     out_features, in_features = weight.shape
     check_input(x, in_features)
-    if isinstance(weight, torch.Tensor) and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if isinstance(weight, torch.Tensor) and weight.dtype != x.dtype and not autocasts(x.device):
         raise bad_value("weight", f"dtype {x.dtype} (that of x)", weight.dtype, "Cast x to the weight's dtype.")
     check_device("weight", weight if isinstance(weight, torch.Tensor) else weight.packed, x.device)
     check_bias(bias, out_features, x.device)

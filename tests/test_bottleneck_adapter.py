@@ -90,13 +90,13 @@ class Case:
         """Fewer for a case that has many elements in every result; of a single hidden unit, all share one error."""
         return 60 if self.r == 1 else max(3, min(20, 200 // self.m))
 
-    def check(self, function=pk.functional.bottleneck_adapter):
+    def check(self, function=pk.functional.bottleneck_adapter, peer=pk.reference.bottleneck_adapter):
         """Everything within the error budget, over several draws: the error of a lone scalar is luck."""
         draws = [dataclasses.replace(self, seed=seed) for seed in range(self.draws())]
         ours, eager, truth = [], [], []
         for case in draws:
             ours.append(case.run(function))
-            eager.append(case.run(pk.reference.bottleneck_adapter))
+            eager.append(case.run(peer))
             truth.append(case.run(pk.reference.bottleneck_adapter, lambda t: t.double()))
         for name in ours[0]:
             value, exact, theirs = (torch.stack([draw[name] for draw in draws]) for draws in (ours, truth, eager))
@@ -303,6 +303,37 @@ def test_autocast(backend):
     torch.testing.assert_close(ours["y"], truth["y"], rtol=0.05, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 3.0, 30.0])
+def test_autocast_rounds_after_the_norm(backend, mean, dtype):
+    """Against eager autocast, which takes the layer norm of the float32 x."""
+
+    def autocast(function):
+        def call(**arguments):
+            with torch.autocast("cpu", dtype=dtype):
+                return function(**arguments)
+
+        return call
+
+    functions = autocast(pk.functional.bottleneck_adapter), autocast(pk.reference.bottleneck_adapter)
+    case = Case(12, 64, 8, mean=mean)
+    case.check(*functions)
+    dataclasses.replace(case, bias=False).check(*functions)
+    assert dataclasses.replace(case, residual="none").call(functions[0], case.leaves).dtype == dtype
+
+
+def test_meta_tensors():
+    """Shapes and dtypes without memory, as eager torch gives them."""
+    layer = pk.nn.BottleneckAdapter(
+        64, 4, norm_before=True, use_gating=True, dropout=0.1, stochastic_depth=0.1, device="meta", dtype=BF16
+    )
+    y = layer(torch.empty(2, 3, 64, device="meta", dtype=BF16))
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 3, 64), BF16)
+    case = Case(6, 64, 8, 50, dtype=BF16, residual="other", others=FP32, scaling="all", dropout_p=0.5)
+    y = case.call(pk.functional.bottleneck_adapter, {name: t.to("meta") for name, t in case.leaves.items()})
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 3, 50), FP32)
+
+
 def test_library_ops():
     if reason := dispatch.why_not(OP, "native", torch.device("cpu"), ()):
         pytest.skip(reason)
@@ -420,6 +451,22 @@ class TestModule:
         with pytest.raises(ValueError, match="at least 1, got 32 and 0"):
             pk.nn.BottleneckAdapter(32, 0)
 
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"dropout": 1.5}, ValueError, "dropout: expected a probability from 0 to 1, got 1.5"),
+            ({"dropout": None}, TypeError, "dropout: expected a probability from 0 to 1, got NoneType"),
+            ({"stochastic_depth": 1.5}, ValueError, "stochastic_depth: expected a probability from 0 to 1, got 1.5"),
+            ({"stochastic_depth": -1.0}, ValueError, "stochastic_depth: expected a probability from 0 to 1, got -1.0"),
+            ({"scaling": None}, TypeError, "scaling: expected a float, 'learned' or 'channel', got NoneType"),
+            ({"scaling": True}, TypeError, "scaling: expected a float, 'learned' or 'channel', got bool"),
+        ],
+        ids=str,
+    )
+    def test_options_are_refused_at_construction(self, options, error, message):
+        with pytest.raises(error, match=message):
+            pk.nn.BottleneckAdapter(32, 4, **options)
+
 
 BAD_INPUT = {
     "activation": ({"activation": "prelu"}, ValueError, r"activation: expected one of identity, relu.*got 'prelu'"),
@@ -436,6 +483,18 @@ BAD_INPUT = {
         "a bottleneck of at least 1",
     ),
     "dropout": ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a probability from 0 to 1, got -0.1"),
+    "dropout-text": ({"dropout_p": "a"}, TypeError, "dropout_p: expected a probability from 0 to 1, got str"),
+    "dropout-none": (
+        {"dropout_p": None, "training": False},
+        TypeError,
+        "dropout_p: expected a probability from 0 to 1, got NoneType",
+    ),
+    "eps": ({"ln_eps": -5.0}, ValueError, "ln_eps: expected a number of at least 0, got -5.0"),
+    "eps-nan": ({"ln_eps": float("nan")}, ValueError, "ln_eps: expected a number of at least 0, got nan"),
+    "eps-text": ({"ln_eps": "a"}, TypeError, "ln_eps: expected a number of at least 0, got str"),
+    "scaling-empty": ({"scaling": []}, ValueError, "scaling: expected at least one factor, got an empty sequence"),
+    "scaling-bool": ({"scaling": True}, TypeError, "scaling: expected a float, a tensor.*got bool"),
+    "scaling-bool-in-a-list": ({"scaling": [1.0, True]}, TypeError, "scaling: expected a float, a tensor.*got bool"),
     "scaling-shape": ({"scaling": torch.ones(3)}, ValueError, r"scaling: expected 1 or N elements.*got \(3,\)"),
     "scaling-kind": ({"scaling": "learned"}, TypeError, "scaling: expected a float, a tensor"),
     "integers": ({"down_weight": torch.ones(4, 64, dtype=torch.int8)}, ValueError, "down_weight: .*int8.*Cast"),

@@ -4,12 +4,16 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import peft_kernels as pk
 from peft_kernels import dispatch
+
+F = pk.functional
 
 
 @pytest.fixture
@@ -43,6 +47,29 @@ def test_as_a_function(call):
     pk.use_backend("reference")
     try:
         assert pk.explain(pk.functional.linear_4bit, *call) == "linear_4bit: reference"
+    finally:
+        pk.use_backend("auto")
+
+
+def test_a_stored_object_sets_its_backend_where_it_is_entered():
+    stored = pk.use_backend("reference")
+    pk.use_backend("auto")
+    with stored:
+        assert dispatch._requested == "reference"
+        with pk.use_backend("native"), stored:
+            assert dispatch._requested == "reference"
+        assert dispatch._requested == "reference"
+    assert dispatch._requested == "auto"
+
+
+def test_a_stored_object_restores_what_is_in_force_at_entry():
+    stored = pk.use_backend("reference")
+    pk.use_backend("native")
+    try:
+        for _ in range(2):
+            with stored:
+                assert dispatch._requested == "reference"
+            assert dispatch._requested == "native"
     finally:
         pk.use_backend("auto")
 
@@ -83,6 +110,80 @@ def test_explain_modules(call):
     assert pk.explain(layer).startswith("lora_linear: ")
     assert pk.explain(layer, call[0]).startswith("lora_linear: ")
     assert "no peft_kernels operation" in pk.explain(torch.nn.ReLU(), call[0])
+
+
+def in_a_thread(function, *args):
+    """What function(*args) returns or raises in another thread."""
+    outcome = []
+
+    def target():
+        try:
+            outcome.append(function(*args))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    return outcome[0]
+
+
+def test_explaining_leaves_other_threads_alone(call):
+    y, results = F.linear_4bit(*call), []
+    assert dispatch.record(lambda: results.append(in_a_thread(F.linear_4bit, *call))) == []
+    assert torch.equal(results[0], y)
+    recorded = dispatch.record(
+        lambda: (results.append(in_a_thread(pk.explain, F.linear_4bit, *call)), F.linear_4bit(*call))
+    )
+    assert [str(step) for step in recorded] == [results[1]] == [pk.explain(F.linear_4bit, *call)]
+    assert not dispatch.recording() and torch.equal(F.linear_4bit(*call), y)
+
+
+def test_explaining_leaves_other_threads_compiled_code_alone(call):
+    compiled, results = torch.compile(F.linear_4bit, fullgraph=True, backend="aot_eager"), []
+    y = compiled(*call)
+    assert dispatch.record(lambda: results.append(in_a_thread(compiled, *call))) == []
+    assert torch.equal(results[0], y)
+
+
+def affine(name):
+    """A function of x (3, 64) that is affine, so that its tangent is a difference; with fixed random arguments."""
+    torch.manual_seed(0)
+    w, a, b, scale = torch.randn(32, 64), torch.randn(4, 64), torch.randn(32, 4), torch.randn(32)
+    four = pk.Weight4bit.quantize(w)
+    return {
+        "linear_4bit": lambda x: F.linear_4bit(x, four, scale),
+        "lora_linear": lambda x: F.lora_linear(x, four, a, b),
+        "lora_linear-dense": lambda x: F.lora_linear(x, w, a, b),
+        "ia3_linear": lambda x: F.ia3_linear(x, four, scale),
+        "bottleneck_adapter": lambda x: F.bottleneck_adapter(x, a, None, b, None, activation="identity"),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_4bit", "lora_linear", "lora_linear-dense", "ia3_linear", "bottleneck_adapter"]
+)
+def test_forward_mode_takes_the_reference(name):
+    function, (x, t) = affine(name), torch.randn(2, 3, 64)
+    expected = function(x + t) - function(x)
+    y, tangent = torch.func.jvp(function, (x,), (t,))
+    torch.testing.assert_close(y, function(x))
+    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x, t))).tangent
+        torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
+        explained = pk.explain(function, x)
+        assert ": reference\n" in explained and "not native: it has no forward-mode derivative" in explained
+    assert "forward-mode" not in pk.explain(function, x)
+
+
+def test_a_named_backend_refuses_forward_mode(call):
+    x, weight = call
+    with pk.use_backend("native"), pytest.raises(pk.BackendError, match=r"'native'.*linear_4bit.*forward-mode"):
+        torch.func.jvp(lambda x: F.linear_4bit(x, weight), (x,), (x,))
+    with pk.use_backend("reference"):
+        tangent = torch.func.jvp(lambda x: F.linear_4bit(x, weight), (x,), (x,))[1]
+        assert torch.equal(tangent, F.linear_4bit(x, weight))
 
 
 def test_every_implementation_can_be_imported_or_says_why():

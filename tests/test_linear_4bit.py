@@ -234,6 +234,15 @@ def test_gradcheck():
     assert torch.autograd.gradgradcheck(lambda x, b: pk.reference.linear_4bit(x, w, b), (x, bias))
 
 
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+def test_meta_tensors(double_quant):
+    """Shapes and dtypes without memory, as eager torch gives them."""
+    weight = pk.Weight4bit.quantize(torch.randn(8, 64), double_quant=double_quant).to("meta")
+    x, bias = torch.empty(2, 3, 64, device="meta", dtype=torch.bfloat16), torch.empty(8, device="meta")
+    y = pk.functional.linear_4bit(x, weight, bias)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 3, 8), torch.bfloat16)
+
+
 class TestModule:
     """pk.nn.Linear4bit."""
 

@@ -236,6 +236,31 @@ def test_compile(backend, quantized):
     case.check(torch.compile(pk.functional.lora_linear, fullgraph=True))
 
 
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "4bit"])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_adapters(backend, rows, quantized):
+    x, w, bias = torch.randn(rows, 64, requires_grad=True), torch.randn(8, 64), torch.randn(8)
+    weight = pk.Weight4bit.quantize(w) if quantized else w
+    y = pk.functional.lora_linear(x, weight, [], [], bias=bias)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight.dequantize() if quantized else w, bias))
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_scaling_may_be_tensors(backend):
+    """As PEFT's are after `prepare_model_for_compiled_hotswap`; they may be trained, and compile."""
+    x, w = torch.randn(3, 64), torch.randn(8, 64)
+    a, b = [torch.randn(r, 64) for r in (2, 3)], [torch.randn(8, r) for r in (2, 3)]
+    options = {"lora_bias": [torch.randn(8), None]}
+    s = [torch.tensor(0.7, requires_grad=True), torch.tensor(1.3)]
+    y = pk.functional.lora_linear(x, w, a, b, scaling=s, **options)
+    torch.testing.assert_close(y, pk.functional.lora_linear(x, w, a, b, scaling=[0.7, 1.3], **options))
+    y.sum().backward()
+    torch.testing.assert_close(s[0].grad, (x @ a[0].T @ b[0].T + options["lora_bias"][0]).sum())
+    compiled = torch.compile(pk.functional.lora_linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, w, a, b, scaling=s, **options), y)
+
+
 def test_gradcheck():
     torch.manual_seed(0)
     w = pk.Weight4bit.quantize(torch.randn(6, 64))
@@ -248,6 +273,16 @@ def test_gradcheck():
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+def test_meta_tensors(quantized):
+    """Shapes and dtypes without memory, as eager torch gives them."""
+    shapes = (2, 3, 64), (8, 64), (4, 64), (8, 4)
+    x, w, a, b = (torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in shapes)
+    weight = pk.Weight4bit.quantize(torch.randn(8, 64)).to("meta") if quantized else w
+    y = pk.functional.lora_linear(x, weight, a.float(), b.float(), dropout_p=0.5)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 3, 8), torch.bfloat16)
 
 
 class TestModule:
@@ -283,6 +318,16 @@ class TestModule:
         layer.unmerge()
         torch.testing.assert_close(layer(x), before, **tolerance)
 
+    def test_merge_of_all_or_none(self):
+        layer = pk.nn.LoRALinear(torch.nn.Linear(64, 8, bias=False), 4)
+        layer.add_adapter("second", 2, lora_bias=True)
+        layer.set_adapter(["default", "second"])
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        before = layer.base_layer.weight.clone()
+        with pytest.raises(ValueError, match="lora_bias: expected a base layer with a bias.*'second'"):
+            layer.merge()
+        assert layer.merged_adapters == [] and torch.equal(layer.base_layer.weight, before)
+
     def test_several_adapters(self, backend):
         layer, x = self.make(True)
         layer.add_adapter("second", 2, lora_bias=True)
@@ -307,8 +352,36 @@ class TestModule:
             layer.set_adapter("other")
         with pytest.raises(ValueError, match="name: expected a new adapter name"):
             layer.add_adapter("default", 4)
+        with pytest.raises(TypeError, match="r: expected an int, got float"):
+            layer.add_adapter("second", 2.5)
+        with pytest.raises(ValueError, match=r"lora_dropout: expected a probability from 0 to 1, got 1.5"):
+            layer.add_adapter("second", 4, lora_dropout=1.5)
+        with pytest.raises(ValueError, match=r"name: expected a name without dots, got 'a.b'"):
+            layer.add_adapter("a.b", 4)
         with pytest.raises(TypeError, match=r"base_layer: expected nn.Linear or Linear4bit, got ReLU"):
             pk.nn.LoRALinear(torch.nn.ReLU(), 4)
+        with pytest.raises(TypeError, match=r"lora_dropout: expected a probability from 0 to 1, got NoneType"):
+            layer.add_adapter("second", 4, lora_dropout=None)
+        with pytest.raises(TypeError, match=r"base_layer: expected nn.Linear or Linear4bit, got int"):
+            pk.nn.LoRALinear.from_linear(3, 4)
+        for other in (3, torch.nn.Linear(64, 32)):
+            with pytest.raises(TypeError, match=r"layer: expected a bitsandbytes.nn.Linear4bit, got (int|Linear)\."):
+                pk.nn.LoRALinear.from_bnb(other, 4)
+
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            ("Linear4bit", {}),
+            ("Linear4bit", {"quant_storage": torch.bfloat16}),
+            ("Linear8bitLt", {"has_fp16_weights": False}),
+        ],
+        ids=["4bit", "4bit-as-bfloat16", "8bit"],
+    )
+    def test_packed_weights_are_not_taken_for_dense_ones(self, kind, options):
+        bnb = pytest.importorskip("bitsandbytes")
+        layer = getattr(bnb.nn, kind)(64, 32, **options).to("cpu")  # which quantizes it
+        with pytest.raises(TypeError, match=rf"base_layer: .*a dense weight, got {kind}.*from_bnb"):
+            pk.nn.LoRALinear.from_linear(layer, 4)
 
 
 class TestBadInput:
@@ -337,6 +410,11 @@ class TestBadInput:
                 r"lora_B: expected 1 entries.*got 2",
             ),
             ({"scaling": [1.0, 2.0]}, ValueError, r"scaling: expected 1 entries.*got 2"),
+            ({"scaling": torch.ones(2)}, ValueError, r"scaling: expected 1 entries.*got 2"),
+            ({"scaling": None}, TypeError, r"scaling: expected a number, or one for each adapter, got NoneType"),
+            ({"dropout_p": "x"}, TypeError, r"dropout_p: expected a number, or one for each adapter, got str"),
+            ({"lora_A": None}, TypeError, r"lora_A: expected a torch.Tensor, or a sequence of them, got NoneType"),
+            ({"lora_bias": 1.0}, TypeError, r"lora_bias: expected a torch.Tensor, or a sequence of them, got float"),
             ({"dropout_p": 1.5}, ValueError, r"dropout_p: expected a probability from 0 to 1, got 1.5"),
             ({"lora_bias": torch.randn(4)}, ValueError, r"lora_bias\[0\]: expected shape \(32,\), got \(4,\)"),
             ({"lora_A": torch.empty(0, 64), "lora_B": torch.empty(32, 0)}, ValueError, "a rank of at least 1"),

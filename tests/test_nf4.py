@@ -164,3 +164,19 @@ class TestBadInput:
     def test_not_a_weight(self):
         with pytest.raises(TypeError, match="weight: expected a Weight4bit, got int"):
             pk.functional.dequantize_4bit(3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+def test_quantize_compiles(backend, double_quant):
+    def function(w):
+        return pk.Weight4bit.quantize(w, double_quant=double_quant).dequantize()
+
+    w = torch.randn(20, 96)
+    assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(w), function(w))
+
+
+def test_library_ops():
+    absmax = torch.rand(700)
+    torch.library.opcheck(torch.ops.peft_kernels.quantize_4bit.default, (torch.randn(333), 64, "nf4", "native"))
+    torch.library.opcheck(torch.ops.peft_kernels.quantize_nested.default, (absmax,))

@@ -300,6 +300,16 @@ def test_gradcheck(method):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_meta_tensors(method, quantized):
+    """Shapes and dtypes without memory, as eager torch gives them."""
+    case = Case(method, (6, 64, 8), (torch.bfloat16, torch.float32), quantized)
+    x, weight, scale, bias = (t.to("meta") for t in (case.x, case.weight, case.scale, case.bias))
+    y = call(pk.functional, method, x.view(2, 3, 64), weight, scale, bias)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 3, 8), torch.bfloat16)
+
+
 class TestCompositions:
     """With other methods on the same layer, the result is the composition of the references."""
 
@@ -338,6 +348,46 @@ class TestCompositions:
         hidden = case.x @ case.weight.t()
         two = pk.functional.ia3_linear(hidden, second, case.scale, is_feedforward=True)
         torch.testing.assert_close(one, two)
+
+
+class TestModuleErrors:
+    """The modules' constructors refuse what their forward could only fail on."""
+
+    LAYERS = pytest.mark.parametrize("cls", [pk.nn.IA3Linear, pk.nn.BitFitLinear, pk.nn.ScaleBiasLinear])
+
+    @LAYERS
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            ("Linear4bit", {}),
+            ("Linear4bit", {"quant_storage": torch.bfloat16}),
+            ("Linear8bitLt", {"has_fp16_weights": False}),
+        ],
+        ids=["4bit", "4bit-as-bfloat16", "8bit"],
+    )
+    def test_packed_weights_are_not_taken_for_dense_ones(self, cls, kind, options):
+        bnb = pytest.importorskip("bitsandbytes")
+        layer = getattr(bnb.nn, kind)(64, 32, **options).to("cpu")  # which quantizes it
+        with pytest.raises(TypeError, match=rf"(base_layer|linear): .*a dense weight, got {kind}.*from_bnb"):
+            cls.from_linear(layer)
+
+    @LAYERS
+    def test_other_things(self, cls):
+        with pytest.raises(TypeError, match=r"(base_layer|linear): expected nn.Linear.*got int"):
+            cls.from_linear(3)
+        for other in (3, torch.nn.Linear(64, 32)):
+            with pytest.raises(TypeError, match=r"layer: expected a bitsandbytes.nn.Linear4bit, got (int|Linear)\."):
+                cls.from_bnb(other)
+
+    @pytest.mark.parametrize("cls", [pk.nn.BitFitLinear, pk.nn.ScaleBiasLinear])
+    def test_shapes(self, cls):
+        for weight in (torch.randn(4, 8), pk.Weight4bit.quantize(torch.randn(4, 8))):
+            with pytest.raises(ValueError, match=r"bias: expected shape \(4,\), got \(5,\)"):
+                cls(weight, torch.randn(5))
+        with pytest.raises(TypeError, match="bias: expected a torch.Tensor, got float"):
+            cls(torch.randn(4, 8), 0.5)
+        with pytest.raises(ValueError, match=r"weight: expected 2 dimensions, got shape \(4,\)"):
+            cls(torch.randn(4))
 
 
 class TestBadInput:

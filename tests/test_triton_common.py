@@ -11,6 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from peft_kernels import triton_common
 from peft_kernels.ops.nf4.reference import CODES
 from peft_kernels.triton_common import interpreting, launch
 from peft_kernels.triton_common.decode import MULTIPLIER, decode_asm, multiplied_codes
@@ -37,6 +38,16 @@ def test_in_the_interpreter(name):
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert "passed" in result.stdout
+
+
+def test_an_older_triton_is_refused(monkeypatch):
+    triton_common._why_not_version.cache_clear()
+    monkeypatch.setattr(triton_common, "interpreting", lambda: True)
+    assert triton_common.why_not() is None
+    triton_common._why_not_version.cache_clear()
+    monkeypatch.setattr("triton.__version__", "3.3.1")
+    assert triton_common.why_not() == "it needs triton 3.4 or later (torch 2.8 comes with it), this is 3.3.1"
+    triton_common._why_not_version.cache_clear()
 
 
 def test_a_compiled_kernel_is_found_again(monkeypatch):

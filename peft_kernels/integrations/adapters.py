@@ -72,7 +72,7 @@ class FusedBottleneck:
         """The choice of the kernel for one row of zeros."""
         weight = next(layer.adapter_up.parameters())
         x = torch.zeros(1, 1, layer.input_size, dtype=weight.dtype, device=weight.device)
-        return dispatch.record(layer, x, x)
+        return dispatch.probe(type(layer).forward, layer, x, x)
 
     def forward(self: Any, x: torch.Tensor, residual_input: torch.Tensor, output_gating: bool = False) -> tuple:
         """x (batch, ..., N) -> (output, hidden, what the up-projection adds[, gate]), the middle two on demand."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import autocasts
 from ..weight4bit import Weight4bit
 from .replace import FOUR_BIT, own_forward
 
@@ -36,7 +37,7 @@ def dense_base(base: Any, x: torch.Tensor) -> Any:
     weight, bias = base._parameters.get("weight"), base._parameters["bias"]
     if type(weight) not in PLAIN:
         return f"the base weight is a {type(weight).__name__}, which is gathered by its module's forward"
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device):
         if x.dtype is torch.float64:
             return "autocast leaves float64 as it is"
     elif weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):

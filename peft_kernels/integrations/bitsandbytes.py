@@ -11,6 +11,7 @@ from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import nn
 
 from .. import dispatch
+from ..checks import autocasts
 from ..functional import linear_4bit
 from ..weight4bit import Weight4bit
 from .base_layer import overridden
@@ -23,16 +24,12 @@ class _View:
     It keeps the tensors alive, so that an address that is still the same is still the same tensor.
     """
 
-    __slots__ = ("absmax", "param", "pointer", "state", "weight")
+    __slots__ = ("absmax", "offset", "param", "pointer", "state", "state2", "weight")
 
     def __init__(self, param: Any):
         self.weight = Weight4bit.from_bnb(param)
-        self.param, self.state, self.absmax, self.pointer = (
-            param,
-            param.quant_state,
-            param.quant_state.absmax,
-            _pointer(param),
-        )
+        self.param, self.state, self.pointer = param, param.quant_state, _pointer(param)
+        self.absmax, self.offset, self.state2 = self.state.absmax, self.state.offset, self.state.state2
 
     def __deepcopy__(self, memo: dict) -> None:
         return None
@@ -76,12 +73,12 @@ class FusedForward:
         weight = self._weight4bit()
         if isinstance(weight, str) or not x.is_floating_point():
             return self._forward_of_bitsandbytes(x, weight)
-        dtype, device, compute = x.dtype, x.device.type, self._compute_dtype_for(x)
+        dtype, device, compute = x.dtype, x.device, self._compute_dtype_for(x)
         bias = self._parameters["bias"]
         if compute is not dtype:
             x = x.to(compute)
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not compute:
-            with torch.autocast(device, enabled=False):  # bitsandbytes computes in compute_dtype under autocast too
+        if autocasts(device) and torch.get_autocast_dtype(device.type) is not compute:
+            with torch.autocast(device.type, enabled=False):  # as bitsandbytes, which computes in compute_dtype
                 y = self._linear(x, weight, bias)
         else:
             y = self._linear(x, weight, bias)
@@ -111,6 +108,7 @@ class FusedForward:
         if view is not None and view.param is param:
             state = view.state
             same = state is param.quant_state and state.absmax is view.absmax
+            same = same and state.offset is view.offset and state.state2 is view.state2
             if same and (torch.compiler.is_compiling() or _pointer(param) == view.pointer):  # no address in a trace
                 return view.weight
         reason = _why_not_weight(self)
@@ -146,7 +144,7 @@ class FusedLinearFP4(FusedForward, bnb.nn.LinearFP4):
 
 
 # PEFT and transformers compare the class's name with "Linear4bit"; pickle uses the qualified name, which stays.
-FOUR_BIT |= {FusedLinear4bit, FusedLinearNF4, FusedLinearFP4}
+FOUR_BIT += [FusedLinear4bit, FusedLinearNF4, FusedLinearFP4]
 for _cls in FOUR_BIT:
     _cls.__name__ = _cls.__name__.removeprefix("Fused")
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import dispatch
+from ..checks import autocasts
 from ..functional import ia3_linear
 from ..ops.scaled_linear.vendor import why_vendor
 from .base_layer import PLAIN, dense_base, four_bit_weight
@@ -76,4 +77,4 @@ def _gather(layer: Any, x: torch.Tensor) -> Any:
     given, returned = layer._four_bit_dtypes(x, dtype)
     compute = base._compute_dtype_for(torch.empty(0, dtype=given, device=x.device))
     out_dtype = None if returned is compute else returned
-    return x.to(compute), weight, scales, torch.is_autocast_enabled(x.device.type), out_dtype
+    return x.to(compute), weight, scales, autocasts(x.device), out_dtype

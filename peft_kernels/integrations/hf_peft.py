@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import dispatch
+from ..checks import autocasts
 from ..functional import lora_linear
 from .base_layer import PLAIN, dense_base, four_bit_weight, hooked, overridden
 from .replace import Undo, why_base_not
@@ -152,9 +153,9 @@ def _four_bit(base: Any, x: torch.Tensor, lora_A: tuple[torch.Tensor, ...]) -> A
     weight = four_bit_weight(base)
     if isinstance(weight, str):
         return weight
-    dtype, compute, device = x.dtype, base._compute_dtype_for(x), x.device.type
-    if torch.is_autocast_enabled(device):
-        branch = torch.get_autocast_dtype(device)
+    dtype, compute = x.dtype, base._compute_dtype_for(x)
+    if autocasts(x.device):
+        branch = torch.get_autocast_dtype(x.device.type)
         if branch is not compute:
             return f"autocast computes the adapters in {branch}, the base layer computes in {compute}"
         return x, weight, dtype

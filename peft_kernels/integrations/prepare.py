@@ -127,7 +127,7 @@ def prepare_scale_bias(
     head = getattr(model, "get_output_embeddings", lambda: None)() if include is None else None
     layers, left = [], []
     for name, module in modules:
-        if isinstance(module, nn.Linear | Linear4bit) and module is not head and selected(name, module):
+        if isinstance(module, (nn.Linear, Linear4bit)) and module is not head and selected(name, module):
             reason = _swap(module, 1, add_bias=True)
             if reason is not None:
                 left.append((name, reason))

@@ -17,8 +17,8 @@ from .report import Entry, ReplacementReport
 # A class by its qualified name -> the module here and the class in it that takes its place. A fused class is a subclass
 # of the one it replaces; it has `why_not(module)`, which says why that layer cannot be served, or None if it can, and
 # `_prepare(module)`, which readies the layer and returns how to undo that; it may have `_release(module)`, which undoes
-# that on restore_layers, and `_probe(module)`, which records the choice of its kernel. By name, so that nothing is
-# imported that the model does not already use.
+# that on restore_layers, and `_probe(module)`, which records the choice of its kernel and changes nothing. By name, so
+# that nothing is imported that the model does not already use.
 REGISTRY: dict[str, tuple[str, str]] = {
     "peft.tuners.lora.layer.Linear": ("hf_peft", "FusedLinear"),
     "peft.tuners.lora.bnb.Linear4bit": ("hf_peft_4bit", "FusedLinear4bit"),
@@ -45,7 +45,7 @@ REGISTRY: dict[str, tuple[str, str]] = {
 }
 
 # The fused 4-bit layers, exactly (not subclasses of them): what an adapter layer may read the weight of.
-FOUR_BIT: set[type] = set()
+FOUR_BIT: list[type] = []
 
 Undo = Callable[[], None]
 
@@ -231,9 +231,16 @@ def _swap(module: nn.Module) -> list[Undo]:
 
 
 def _probe_linear(layer: Any) -> list:
-    """The choice of the kernel for one row of zeros."""
+    """The choice of the kernel for one row of zeros; hooks are for calls that somebody made."""
     x = torch.zeros(1, layer.in_features, dtype=layer._input_dtype, device=layer.weight.device)
-    return dispatch.record(layer, x)
+    return dispatch.probe(type(layer).forward, layer, x)
+
+
+def _look(module: nn.Module) -> list:
+    """What `_probe` records, where there is anything to ask about."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return ["its kernel is chosen once its parameters have left the meta device"]
+    return getattr(type(module), "_probe", _probe_linear)(module)
 
 
 def _entry(
@@ -247,7 +254,7 @@ def _entry(
     if reason is not None:
         new_class = _qualified(type(module)) if _is_fused(type(module)) else None  # excluded, but fused earlier
         return Entry(name, old_class, new_class, None, None, reason, "left" if wanted else "excluded")
-    recorded = _checked(name, module, getattr(type(module), "_probe", _probe_linear))
+    recorded = _checked(name, module, _look)
     chosen = next((step for step in recorded if isinstance(step, dispatch.Explanation)), None)
     notes = [str(step) for step in recorded if not isinstance(step, dispatch.Explanation)]
     status = "base" if adapter is not None and _is_fused(type(adapter[1])) else "replaced"

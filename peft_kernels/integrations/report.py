@@ -15,7 +15,8 @@ class Entry:
     name: its dotted name in the model. old_class: the class it had, qualified. new_class: the class it has now, or None
     where it was left alone. op and backend: the operation it calls and the backend that runs it here, or None;
     passed_over: for each faster backend that does not run it, why. reason: why it was left alone, or for a replaced
-    layer why its calls go to the old class at the moment (adapters disabled or merged); else None.
+    layer why its calls go to the old class at the moment (adapters disabled or merged), or why its kernel is not known
+    yet (parameters on the meta device); else None.
     status: "replaced"; "base", a 4-bit layer inside an adapter layer, replaced together with it; "left"; "excluded",
     left alone because `include` or `exclude` said so.
     """

@@ -22,9 +22,19 @@ def why_not() -> str | None:
     """Why Triton kernels cannot run here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if torch.cuda.is_available() or interpreting():
-        return None
-    return "no CUDA or ROCm device"
+    if not (torch.cuda.is_available() or interpreting()):
+        return "no CUDA or ROCm device"
+    return _why_not_version()
+
+
+@functools.cache
+def _why_not_version() -> str | None:
+    """Why the installed Triton is not new enough, or None."""
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
+        return f"it needs triton 3.4 or later (torch 2.8 comes with it), this is {triton.__version__}"
+    return None
 
 
 def why_not_tensors(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:

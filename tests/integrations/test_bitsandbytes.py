@@ -118,6 +118,25 @@ def test_view_follows_the_weight(change):
     assert torch.equal(layer(inputs()), expected)
 
 
+@pytest.mark.parametrize("field", ["offset", "state2"])
+def test_view_follows_second_statistics(field):
+    layer, other = replaced(), four_bit(nn.Linear(128, 48).to(BF16), BF16)
+    before = layer(inputs())
+    setattr(layer.weight.quant_state, field, getattr(other.weight.quant_state, field))
+    after = layer(inputs())
+    assert torch.equal(after, pk.functional.linear_4bit(inputs(), pk.Weight4bit.from_bnb(layer.weight), layer.bias))
+    assert not torch.equal(after, before)
+
+
+def test_replaced_layers_share_no_code_book():
+    """As safetensors demands of a checkpoint, also of weights that we have unpacked."""
+    layers = [bare(), bare()]
+    for layer in layers:
+        layer.weight.quant_state = pk.Weight4bit.from_bnb(layer.weight).to_bnb().quant_state
+    first, second = (layer.state_dict()["weight.quant_map"] for layer in layers)
+    assert first.data_ptr() != second.data_ptr()
+
+
 def test_moving_keeps_working():
     layer = replaced()
     y = layer(inputs())

@@ -141,6 +141,52 @@ def test_plain_4bit_layers_beside_lora_layers():
     ]
 
 
+@pytest.mark.parametrize("left_to_peft", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "4bit"])
+def test_looking_for_the_kernel_changes_nothing(kind, left_to_peft):
+    """No hook fires, no module or random number is used up; a call that is left to PEFT is not done."""
+    model, layer = lora_model(kind, lora_dropout=0.5)
+    calls = []
+    for module in (model, layer, *([layer.base_layer] if left_to_peft else [])):
+        module.register_forward_pre_hook(lambda *args: calls.append(args))
+        module.register_forward_hook(lambda *args: calls.append(args))
+    generator = torch.get_rng_state()
+    entry = pk.replace_layers(model.train()).replaced[0]
+    assert entry.op == (None if left_to_peft else "lora_linear")
+    assert not left_to_peft or "left to PEFT: the base layer has hooks" in entry.reason
+    assert calls == [] and torch.equal(torch.get_rng_state(), generator)
+
+
+def test_looking_for_the_kernel_leaves_spectral_norm_alone():
+    model, layer = lora_model("dense", dtype=torch.float32)
+    nn.utils.spectral_norm(layer.base_layer)
+    twin = copy.deepcopy(model)
+    assert "hooks" in pk.replace_layers(model).replaced[0].reason
+    assert torch.equal(layer.base_layer.weight_u, twin.base_model.model.proj.base_layer.weight_u)
+    x = torch.randn(3, 128)
+    assert torch.equal(model(x), twin(x))
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config"])
+def test_parameters_on_the_meta_device(method, device):
+    """The whole model, or with low_cpu_mem_usage its adapters: replaced, and served once they are materialized."""
+    config = getattr(peft, method)(target_modules=["proj"], **({"feedforward_modules": []} if "IA3" in method else {}))
+    base = One(nn.Linear(64, 32, device=device))
+    model = peft.get_peft_model(base, config, low_cpu_mem_usage=device == "cpu")
+    report = pk.replace_layers(model, strict=True)
+    assert report.counts["replaced"] == 1 and report.replaced[0].op is None
+    assert "meta device" in report.replaced[0].reason and "meta device" in str(report)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    assert pk.replace_layers(model).replaced[0].op is not None
+    with pk.use_backend("reference"):
+        stock, x = copy.deepcopy(model), torch.randn(3, 64)
+        pk.restore_layers(stock)
+        torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-4)
+
+
 class MyLora(peft.tuners.lora.layer.Linear):
     """A user's subclass: it may compute anything."""
 

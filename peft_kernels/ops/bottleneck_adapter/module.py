@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checks import bad_value, check_tensor
+from ...checks import bad_type, bad_value, check_probability, check_tensor
 from .activations import canonical
 from .op import bottleneck_adapter
 from .scaling import Factor
@@ -94,6 +94,10 @@ class BottleneckAdapter(nn.Module):
             raise bad_value("init_weights", f"one of {list(_INITS)}", repr(init_weights), "Choose one of them.")
         if isinstance(scaling, str) and scaling not in ("learned", "channel"):
             raise bad_value("scaling", "a float, 'learned' or 'channel'", repr(scaling), "Choose one of them.")
+        if isinstance(scaling, bool) or not isinstance(scaling, (int, float, str)):
+            raise bad_type("scaling", "a float, 'learned' or 'channel'", scaling, "Choose one of them.")
+        check_probability("dropout", dropout)
+        check_probability("stochastic_depth", stochastic_depth)
         self.activation, self.residual, self.residual_before_norm = (
             canonical(activation),
             residual,
@@ -189,5 +193,5 @@ class BottleneckAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         """What print(module) shows."""
-        scaling = self.scaling if isinstance(self.scaling, float | int) else f"trained {tuple(self.scaling.shape)}"
+        scaling = self.scaling if isinstance(self.scaling, (float, int)) else f"trained {tuple(self.scaling.shape)}"
         return f"activation={self.activation}, scaling={scaling}, residual={self.residual}, dropout={self.dropout_p}"

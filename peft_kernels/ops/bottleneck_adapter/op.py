@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ... import dispatch
 from ...autograd import once_differentiable
-from ...checks import bad_value, check_input, check_operand, check_tensor
+from ...checks import autocasts, bad_value, check_input, check_operand, check_probability, check_range, check_tensor
 from ...dropout import draw_seeds
 from . import reference
 from .activations import canonical
@@ -67,7 +68,8 @@ def bottleneck_adapter(
 
     Returns:
         Tensor: (..., N) of x's dtype (promoted with the residual's), accumulated in float32. Under autocast, x and
-        both weights are cast to the autocast dtype first.
+        both weights are cast to the autocast dtype first; the layer norm is taken of x as it came, by torch where that
+        is of another dtype.
 
     Saved for backward: x (only where its gradient with layer norm or a gradient of the down-projection is needed), Z
     (tokens, r) in the dtype that x and down_weight promote to, and with layer norm mean and 1/std of every row.
@@ -80,14 +82,20 @@ def bottleneck_adapter(
     arXiv:2110.04366, equation 4 and table 1 (parallel and scaled); Steitz and Roth, arXiv:2406.06820 (Adapter+).
     """
     activation = canonical(activation)
-    p = float(dropout_p) if training else 0.0
     weights = (down_weight, down_bias, up_weight, up_bias, ln_weight, ln_bias)
-    out_features = _check(x, *weights, residual, dropout_p)
+    out_features = _check(x, *weights, residual, ln_eps, dropout_p)
+    p = float(dropout_p) if training else 0.0
     constant, channel, gate = parse_scaling(scaling, x, out_features)
     device, residual_is_x = x.device, residual is x
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         dtype = torch.get_autocast_dtype(device.type)
         residual_is_x = residual_is_x and x.dtype == dtype
+        if ln_weight is not None and x.dtype != dtype:
+            # Before the cast, as eager autocast does: of rows far from zero, subtracting the mean would leave little
+            # but the cast's rounding. In float32, because torch's on the CPU takes few mixtures of dtypes.
+            bias = None if ln_bias is None else ln_bias.float()
+            x = F.layer_norm(x.float(), ln_weight.shape, ln_weight.float(), bias, ln_eps)
+            ln_weight = ln_bias = None
         x, down_weight, up_weight = x.to(dtype), down_weight.to(dtype), up_weight.to(dtype)
     tensors = (down_weight, down_bias, up_weight, up_bias, ln_weight, ln_bias, channel, gate)
     given = [t for t in (x, residual, *tensors) if t is not None]
@@ -115,6 +123,7 @@ def _check(
     ln_weight: Any,
     ln_bias: Any,
     residual: Any,
+    ln_eps: float,
     dropout_p: float,
 ) -> int:
     """N of parameters that fit x and residual."""
@@ -138,8 +147,9 @@ def _check(
     ):
         if tensor is not None:
             check_operand(name, tensor, shape, device)
-    if not 0 <= dropout_p <= 1:
-        raise bad_value("dropout_p", "a probability from 0 to 1", dropout_p, "Check the adapter's configuration.")
+    if not (isinstance(ln_eps, float) and ln_eps >= 0 and isinstance(dropout_p, float) and 0 <= dropout_p <= 1):
+        check_range("ln_eps", ln_eps, math.inf, "a number of at least 0", "Pass the layer norm's eps.")
+        check_probability("dropout_p", dropout_p)
     return out_features
 
 

@@ -14,8 +14,18 @@ _REMEDY = "Pass a float, a tensor of 1 or N elements, or one that broadcasts to 
 
 
 def factors(scaling: Factor | Sequence[Factor]) -> list[Any]:
-    """The argument as a list of factors."""
-    return list(scaling) if isinstance(scaling, tuple | list) else [scaling]
+    """The argument as a list of factors.
+
+    Raises:
+        TypeError: a factor is neither a number nor a tensor. ValueError: there is none.
+    """
+    given = list(scaling) if isinstance(scaling, (tuple, list)) else [scaling]
+    if not given:
+        raise bad_value("scaling", "at least one factor", "an empty sequence", "Pass 1.0 for none.")
+    for factor in given:
+        if isinstance(factor, bool) or not isinstance(factor, (int, float, torch.Tensor)):
+            raise bad_type("scaling", "a float, a tensor, or a sequence of them", factor, _REMEDY)
+    return given
 
 
 class Scaling(NamedTuple):
@@ -36,11 +46,9 @@ def parse_scaling(scaling: Factor | Sequence[Factor], x: torch.Tensor, out_featu
         return Scaling(scaling, None, None)
     constant, channel, gate = 1.0, None, None
     for factor in factors(scaling):
-        if isinstance(factor, int | float):
+        if isinstance(factor, (int, float)):
             constant *= factor
             continue
-        if not isinstance(factor, torch.Tensor):
-            raise bad_type("scaling", "a float, a tensor, or a sequence of them", factor, _REMEDY)
         check_tensor("scaling", factor)
         check_device("scaling", factor, x.device)
         if factor.numel() == 1 or factor.shape == (out_features,):

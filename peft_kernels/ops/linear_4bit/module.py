@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...checks import bad_type
+from ...checks import bad_type, check_bnb, check_linear
 from ...weight4bit import Weight4bit
 from .op import linear_4bit
 from .state import from_state, to_state
@@ -53,19 +54,50 @@ class FrozenWeight(nn.Module):
         if isinstance(self.weight, Weight4bit):
             destination.update(to_state(self.weight, prefix + "weight"))
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         entry = prefix + "weight"
-        taken: list[str] = []
         if not isinstance(self.weight, Weight4bit):
-            pass  # a parameter like any other
-        elif entry in state_dict:
+            return  # a parameter like any other
+        if entry not in state_dict:
+            missing_keys.append(entry)
+            return
+        taken = [key for key in state_dict if key == entry or key.startswith(entry + ".")]
+        try:
             weight, taken = from_state(state_dict, entry)
-            self.weight = weight.to(self.weight.device).with_layout(self.weight.layout)
-        else:
-            args[2].append(entry)  # missing_keys
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        unexpected = args[3]
-        unexpected[:] = [key for key in unexpected if key not in taken]
+            self._take(weight, entry, assign=local_metadata.get("assign_to_params_buffers", False))
+        except (TypeError, ValueError) as error:
+            error_msgs.append(str(error))
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in taken]
+
+    def _take(self, weight: Weight4bit, entry: str, *, assign: bool) -> None:
+        """Make `weight`, or a copy of it where this layer lies, this layer's own, on torch's terms for a parameter."""
+        own = self.weight
+        if weight.shape != own.shape:
+            # torch's words, by which callers know this error
+            raise ValueError(
+                f"size mismatch for {entry}: copying a param with shape {torch.Size(weight.shape)} from checkpoint, "
+                f"the shape in current model is {torch.Size(own.shape)}."
+            )
+        if not assign:
+            if own.device.type == "meta" != weight.device.type:
+                message = "copying from a checkpoint to a meta weight, which is a no-op. Pass assign=True to take it."
+                warnings.warn(f"for {entry}: {message}", stacklevel=2)
+                return
+            copies = [part.to(own.device, copy=True) for part in weight.parts()]
+            weight = Weight4bit.from_parts(copies, weight.meta())
+        self.weight = weight.with_layout(own.layout)
 
 
 class Linear4bit(FrozenWeight):
@@ -86,12 +118,14 @@ class Linear4bit(FrozenWeight):
         cls, linear: nn.Linear, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
     ) -> Linear4bit:
         """Quantize the weight of `linear`; its bias is shared."""
+        check_linear("linear", linear)
         options: dict[str, Any] = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
         return cls(Weight4bit.quantize(linear.weight, **options), linear.bias)
 
     @classmethod
     def from_bnb(cls, layer: nn.Module) -> Linear4bit:
         """Share the weight and the bias of a `bitsandbytes.nn.Linear4bit`."""
+        check_bnb("layer", layer)
         return cls(Weight4bit.from_bnb(layer.weight), layer.bias)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

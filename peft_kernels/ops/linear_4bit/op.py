@@ -8,7 +8,7 @@ import torch
 
 from ... import dispatch
 from ...autograd import once_differentiable
-from ...checks import check_bias, check_device, check_input
+from ...checks import autocasts, check_bias, check_device, check_input
 from ...weight4bit import Weight4bit, check_weight4bit
 from . import reference
 
@@ -40,7 +40,7 @@ def linear_4bit(x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None =
     check_input(x, weight.shape[1])
     check_device("weight", weight.packed, x.device)
     check_bias(bias, weight.shape[0], x.device)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     differentiated = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     backend = dispatch.choose("linear_4bit", x.device, (x.dtype,), call=(x, weight, differentiated))

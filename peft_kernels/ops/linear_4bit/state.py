@@ -15,6 +15,8 @@ from ...checks import bad_value
 from ...weight4bit import DTYPES, Nested, Weight4bit
 from ..nf4.op import code_book
 
+# What reading entries of wrong kinds, ranks and ranges raises.
+_DAMAGE = (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
@@ -29,7 +31,7 @@ def to_state(weight: Weight4bit, prefix: str) -> dict[str, torch.Tensor]:
     entries = {
         prefix: weight.with_layout("bnb").packed.view(-1, 1),
         f"{prefix}.absmax": weight.absmax,
-        f"{prefix}.quant_map": code_book(weight.quant_type, weight.device),
+        f"{prefix}.quant_map": code_book(weight.quant_type, weight.device).clone(),  # safetensors refuses shared memory
     }
     if weight.nested is not None:
         entries[f"{prefix}.nested_absmax"] = weight.nested.absmax2
@@ -59,16 +61,20 @@ def from_state(state: dict[str, torch.Tensor], prefix: str) -> tuple[Weight4bit,
         facts = json.loads(bytes(state[blobs[0]].cpu().tolist()))
         blocksize, quant_type = int(facts["blocksize"]), facts["quant_type"]
         shape, dtype = tuple(int(n) for n in facts["shape"]), _DTYPE_NAMES[facts["dtype"]]
-        absmax, packed, nested = state[keys[1]], state[prefix], None
+        packed, absmax, quant_map = (state[key] for key in keys[:3])
+        packed, absmax = packed.reshape(-1).contiguous().view(torch.uint8), absmax.reshape(-1).contiguous()
+        quant_map, nested = quant_map.cpu(), None
         if "nested_blocksize" in facts:
             keys += [f"{prefix}.nested_absmax", f"{prefix}.nested_quant_map"]
             offset = torch.tensor(float(facts["nested_offset"]), dtype=torch.float32, device=packed.device)
-            nested = Nested(state[keys[4]], state[keys[5]], offset, int(facts["nested_blocksize"]))
-    except (KeyError, TypeError, ValueError) as error:
+            absmax2, code = (state[key].reshape(-1).contiguous() for key in keys[4:])
+            nested = Nested(absmax2, code, offset, int(facts["nested_blocksize"]))
+    except _DAMAGE as error:
         remedy = "The checkpoint is damaged or was written by something else."
         raise bad_value(prefix, "a complete quantization state", f"{error!r}", remedy) from error
-    if blocksize < 1 or min(shape, default=0) < 0 or (nested is not None and nested.blocksize < 1):
-        raise bad_value(prefix, "positive sizes", f"shape {shape}, blocksize {blocksize}", "The checkpoint is damaged.")
-    packed = packed.contiguous().view(torch.uint8).reshape(-1)
-    weight = Weight4bit(packed, absmax.reshape(-1), nested, shape, dtype, blocksize, quant_type)  # type: ignore[arg-type]
+    weight = Weight4bit(packed, absmax, nested, shape, dtype, blocksize, quant_type)  # type: ignore[arg-type]
+    book = code_book(quant_type, quant_map.device).to(quant_map.dtype)  # a cast model has a cast map
+    if not (quant_map.is_floating_point() and torch.equal(quant_map.reshape(-1), book)):
+        remedy = f"Only the data type {quant_type} as bitsandbytes has it can be decoded."
+        raise bad_value(keys[2], f"the 16 values of {quant_type}", quant_map.tolist(), remedy)
     return weight, keys

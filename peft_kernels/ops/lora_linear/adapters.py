@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...checks import bad_value, check_device, check_shape, check_tensor
+from ...checks import bad_type, bad_value, check_device, check_shape, check_tensor
 
 
 @dataclasses.dataclass
@@ -27,11 +27,14 @@ class Adapters:
     ) -> Adapters:
         """From the public arguments, where a single adapter may be given without a sequence."""
         single = isinstance(lora_A, torch.Tensor)
-        a, b = ([lora_A], [lora_B]) if single else (list(lora_A), list(lora_B))
+        a, b = ([lora_A], [lora_B]) if single else (_tensors("lora_A", lora_A), _tensors("lora_B", lora_B))
         n = len(a)
-        s = [float(scaling)] * n if isinstance(scaling, int | float) else [float(value) for value in scaling]
-        p = [float(dropout_p)] * n if isinstance(dropout_p, int | float) else [float(value) for value in dropout_p]
-        bias = [lora_bias] * n if lora_bias is None or isinstance(lora_bias, torch.Tensor) else list(lora_bias)
+        p = _numbers("dropout_p", dropout_p, n)
+        once = lora_bias is None or isinstance(lora_bias, torch.Tensor)
+        bias = [lora_bias] * n if once else _tensors("lora_bias", lora_bias)
+        if isinstance(scaling[0] if isinstance(scaling, (list, tuple)) and scaling else scaling, torch.Tensor):
+            b, bias, scaling = _scaled(b, bias, scaling, n)
+        s = _numbers("scaling", scaling, n)
         for name, values in (("lora_B", b), ("scaling", s), ("lora_bias", bias), ("dropout_p", p)):
             if len(values) != n:
                 raise bad_value(name, f"{n} entries, one for each lora_A", len(values), "Give one per active adapter.")
@@ -68,6 +71,32 @@ class Adapters:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float, torch.Tensor | None, float]]:
         return iter(zip(self.lora_A, self.lora_B, self.scaling, self.lora_bias, self.dropout_p, strict=True))
+
+
+def _numbers(name: str, value: Any, n: int) -> list[float]:
+    """One number for each of n adapters, from one for all of them or one for each."""
+    if isinstance(value, (int, float)):  # not int | float: torch 2.6's compiler knows no unions
+        return [float(value)] * n
+    try:
+        return [float(entry) for entry in value] if hasattr(value, "__len__") else [float(value)] * n
+    except (TypeError, ValueError) as error:
+        raise bad_type(name, "a number, or one for each adapter", value, "Give one per active adapter.") from error
+
+
+def _tensors(name: str, value: Any) -> list:
+    if not isinstance(value, (list, tuple)):
+        raise bad_type(name, "a torch.Tensor, or a sequence of them", value, "Give one per active adapter.")
+    return list(value)
+
+
+def _scaled(b: list, bias: list, scaling: Any, n: int) -> tuple[list, list, list]:
+    """Scalings that are tensors, as PEFT's for compiled hot-swap, go into B: reading them would wait for a GPU."""
+    each = [scaling] * n if isinstance(scaling, torch.Tensor) and scaling.ndim == 0 else list(scaling)
+    if len(each) != n or len(b) != n or len(bias) != n:
+        return b, bias, each  # whose count is refused below
+    b = [(t * value).to(t.dtype) for t, value in zip(b, each, strict=True)]
+    bias = [None if t is None else (t * value).to(t.dtype) for t, value in zip(bias, each, strict=True)]
+    return b, bias, [1.0] * n
 
 
 def _fits(a: Any, b: Any, out_features: int, in_features: int, device: torch.device) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checks import bad_type, bad_value
+from ...checks import bad_type, bad_value, check_linear, check_probability
 from ...weight4bit import Weight4bit
 from ..linear_4bit.module import Linear4bit
 from .op import lora_linear
@@ -39,8 +39,7 @@ class LoRALinear(nn.Module):
         adapter_name: str = "default",
     ):
         super().__init__()
-        if not isinstance(base_layer, nn.Linear | Linear4bit):
-            raise bad_type("base_layer", "nn.Linear or Linear4bit", base_layer, "Use from_linear or from_bnb.")
+        check_linear("base_layer", base_layer, Linear4bit)
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.scaling: dict[str, float] = {}
@@ -88,8 +87,13 @@ class LoRALinear(nn.Module):
         lora_bias: bool = False,
     ) -> None:
         """Add an adapter: A Kaiming-uniform and B zero, as in PEFT; scaling lora_alpha / r, or / sqrt(r) for rsLoRA."""
+        if not isinstance(r, int):
+            raise bad_type("r", "an int", r, "Typical ranks are 8 to 64.")
         if r < 1:
             raise bad_value("r", "a rank of at least 1", r, "Typical ranks are 8 to 64.")
+        check_probability("lora_dropout", lora_dropout)
+        if not name or "." in name:
+            raise bad_value("name", "a name without dots", repr(name), "It becomes part of the parameters' names.")
         if name in self.lora_A:
             raise bad_value("name", "a new adapter name", repr(name), "Remove the old one or choose another name.")
         weight = self.base_layer.weight
@@ -113,10 +117,13 @@ class LoRALinear(nn.Module):
 
     def merge(self) -> None:
         """Add the active adapters to the base weight (a 4-bit weight is decoded, changed and quantized again)."""
-        for name in self.active_adapters:
-            if name not in self.merged_adapters:
-                self._add_to_base(name, 1.0)
-                self.merged_adapters.append(name)
+        names = [name for name in self.active_adapters if name not in self.merged_adapters]
+        for name in names:
+            if self.lora_B[name].bias is not None and self.base_layer.bias is None:
+                raise bad_value("lora_bias", "a base layer with a bias", "none", f"Do not merge adapter {name!r}.")
+        for name in names:
+            self._add_to_base(name, 1.0)
+            self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Take the merged adapters out of the base weight again, up to the rounding of its dtype."""
@@ -126,8 +133,6 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def _add_to_base(self, name: str, sign: float) -> None:
         a, b = self.lora_A[name].weight, self.lora_B[name]
-        if b.bias is not None and self.base_layer.bias is None:
-            raise bad_value("lora_bias", "a base layer with a bias to merge into", "none", "Do not merge this adapter.")
         delta = (b.weight.float() @ a.float()) * (sign * self.scaling[name])
         weight = self.base_layer.weight
         if isinstance(weight, Weight4bit):

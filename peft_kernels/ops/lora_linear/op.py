@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ... import dispatch
 from ...autograd import once_differentiable
+from ...checks import autocasts
 from ...dropout import draw_seeds
 from ...weight4bit import Weight4bit, check_base, join_base, split_base
+from ..linear_4bit.op import linear_4bit
 from . import reference
 from .adapters import Adapters
 
@@ -48,7 +51,7 @@ def lora_linear(
         weight: (N, K) of x's dtype, or a Weight4bit of shape (N, K). A dense weight may be trained too.
         lora_A: (r, K), lora_B: (N, r), of any floating dtype; or sequences of them, one for each active adapter, with
             `scaling`, `lora_bias` and `dropout_p` given once for all or one for each. Any ranks r >= 1.
-        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA; a tensor of one number is multiplied into B.
         bias: (N,) or None. lora_bias: (N,) or None, the bias of B (scaled like B's output).
         dropout_p: probability of zeroing an element of x on the adapter's branch while `training`. The mask comes from
             torch's generator by way of one seed per adapter: it repeats under torch.manual_seed and under activation
@@ -69,7 +72,11 @@ def lora_linear(
     out_features, in_features = check_base(x, weight, bias)
     device = x.device
     adapters.check(out_features, in_features, device)
-    if torch.is_autocast_enabled(device.type):
+    if not adapters.lora_A:
+        if isinstance(weight, Weight4bit):
+            return linear_4bit(x, weight, bias)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if autocasts(device):
         x = x.to(torch.get_autocast_dtype(device.type))
         weight = weight.to(x.dtype) if isinstance(weight, torch.Tensor) else weight
     tensors = [*adapters.lora_A, *adapters.lora_B]

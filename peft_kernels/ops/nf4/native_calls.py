@@ -77,9 +77,11 @@ def native_weight(weight: Weight4bit) -> Any:
     if kept is not None and kept[0] == addresses:
         return kept[1]
     canonical = weight.with_layout("bnb")
+    # a weight without elements has second statistics without addresses, and the core takes all of them or none
+    statistics = addresses[1:5] if addresses[2] else (addresses[1], 0, 0, 0)
     view = native.core().Weight4(
         canonical.packed.data_ptr(),
-        *addresses[1:5],
+        *statistics,
         0 if nested is None else nested.blocksize,
         QUANT_TYPE_CODES[weight.quant_type],
         *weight.shape,

@@ -8,8 +8,10 @@ Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 CODES = {
     "nf4": (
@@ -38,21 +40,48 @@ CODES = {
 NESTED_BLOCKSIZE = 256
 
 
-@functools.cache
+def tensor_cache(make: Callable) -> Callable:
+    """`functools.cache` for tensors that serve every later call, whatever mode the first is made in."""
+
+    @functools.cache
+    def cached(*args: object) -> object:
+        with torch.inference_mode(False):
+            return make(*args)
+
+    @functools.wraps(make)
+    def get(*args: object) -> object:
+        c = torch._C
+        # a compiler, fake tensors, transforms: what is made under them must neither outlive them nor come from outside
+        if torch.compiler.is_compiling() or c._len_torch_dispatch_stack() or c._functorch.peek_interpreter_stack():
+            return make(*args)
+        return cached(*args)
+
+    return get
+
+
+@tensor_cache
 def code_book(quant_type: str, device: torch.device) -> torch.Tensor:
     """The 16 float32 values of a 4-bit type."""
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
 
 
-@functools.cache
+@tensor_cache
 def dynamic_map(device: torch.device) -> torch.Tensor:
     """The 256 float32 values of the signed 8-bit dynamic data type (arXiv:2110.02861, section 2.2)."""
+    return torch.tensor(_dynamic_values(), dtype=torch.float32, device=device)
+
+
+def _dynamic_values() -> list[float]:
     values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        means = (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-        values += means + [-mean for mean in means]
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    with _disable_current_modes():  # fake tensors have no values
+        for exponent in range(7):
+            edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
+            means = (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+            values += means + [-mean for mean in means]
+    return sorted(values)
+
+
+_dynamic_values._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch: it has no argument
 
 
 def quantize(x: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,13 +13,15 @@ from ...triton_common import why_not_tensors
 from ...triton_common.decode import CODE_KINDS, block_scale, byte_order, decode_words, natural_order
 from ...triton_common.decode_exact import EXACT_KINDS, decode_exact
 from ...triton_common.launch import cdiv, launch, target
-from .reference import code_book
+from .reference import code_book, tensor_cache
 
 if TYPE_CHECKING:
     from ...weight4bit import Weight4bit
 
 # A thread loads four words of eight codes at once, 16 bytes, and stores 16 bytes at a time.
 _WORDS_PER_THREAD, _WARPS = 4, 4
+# A launch is below every mode: it need not look for one at each call.
+_code_book = functools.cache(code_book)
 
 
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -27,7 +29,7 @@ def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None
     return why_not_tensors(device, dtypes)
 
 
-@functools.cache
+@tensor_cache
 def _decision_tables(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The midpoints of the sorted code (15,), and which 4-bit code each interval between them has (16,)."""
     code, order = code_book(quant_type, device).sort(stable=True)
@@ -118,7 +120,7 @@ def statistics(weight: Weight4bit) -> dict[str, Any]:
         "absmax2_ptr": None if nested is None else nested.absmax2,
         "code2_ptr": None if nested is None else nested.code,
         "offset_ptr": None if nested is None else nested.offset,
-        "code_ptr": code_book(weight.quant_type, weight.packed.device),
+        "code_ptr": _code_book(weight.quant_type, weight.packed.device),
         "TILED": weight.layout == "tiled",
         "BLOCKSIZE": weight.blocksize,
         "NESTED": nested is not None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...checks import bad_type, bad_value, check_tensor
+from ...checks import autocasts, bad_type, bad_value, check_tensor
 
 
 def check_attention(q: object, k: object, v: object) -> None:
@@ -18,7 +18,7 @@ def check_attention(q: object, k: object, v: object) -> None:
         raise bad_value("k", expected, tuple(k.shape), "Match it to q (B, H, L, D).")
     if v.shape != k.shape:
         raise bad_value("v", f"shape {tuple(k.shape)} (that of k)", tuple(v.shape), "Match it to k.")
-    autocast = torch.is_autocast_enabled(q.device.type)
+    autocast = autocasts(q.device)
     for name, value in (("k", k), ("v", v)):
         _check_device(name, value, q)
         if value.dtype != q.dtype and not autocast:
@@ -68,10 +68,10 @@ def _check_device(name: str, value: torch.Tensor, q: torch.Tensor) -> None:
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in autocast's dtype where that is on, as torch's own attention casts them."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    device = tensors[0].device
+    if not autocasts(device):
         return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+    return tuple(t.to(torch.get_autocast_dtype(device.type)) for t in tensors)
 
 
 def rows_of_heads(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -107,7 +107,7 @@ def additive_mask(
 def check_gate(gate: torch.Tensor | float, q: torch.Tensor) -> torch.Tensor:
     """The gate as a tensor (H,) or (1,)."""
     if not isinstance(gate, torch.Tensor):
-        if not isinstance(gate, int | float):
+        if not isinstance(gate, (int, float)):
             raise bad_type("gate", "a torch.Tensor or a number", gate, "Pass the factor itself.")
         gate = torch.tensor(gate, dtype=torch.float32, device=q.device)
     check_tensor("gate", gate)

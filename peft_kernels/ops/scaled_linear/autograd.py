@@ -32,22 +32,24 @@ def apply(
 ) -> torch.Tensor:
     """x (..., K) -> y (..., N), with a gradient where one is needed; scale: (n,), (n, 1) or (1, n)."""
     dense = isinstance(weight, torch.Tensor)
+    parts, meta = split_base(weight) if dense or torch.compiler.is_compiling() else ([], [])
+    whole = None if parts else weight
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (bias is not None and bias.requires_grad)
         or (scale is not None and scale.requires_grad)
         or (dense and weight.requires_grad)  # type: ignore[union-attr]
     ):
-        parts, meta = split_base(weight) if dense or torch.compiler.is_compiling() else ([], [])
-        return _ScaledLinear.apply((None if parts else weight, meta, is_feedforward, backend), x, bias, scale, *parts)
-    return _run_forward(x, weight, bias, _vector(scale), is_feedforward, False, backend)[0]
+        return _ScaledLinear.apply((whole, meta, is_feedforward, backend), x, bias, scale, *parts)
+    return _run_forward(x, whole, parts, meta, bias, _vector(scale), is_feedforward, False, backend)[0]
 
 
-def _run_forward(x, weight, bias, scale, is_feedforward, keep, backend):
+def _run_forward(x, weight, parts, meta, bias, scale, is_feedforward, keep, backend):
     options = bias, scale, is_feedforward, keep, backend
-    if dispatch.observed(x, bias, scale, weight if isinstance(weight, torch.Tensor) else weight.packed):
-        return torch.ops.peft_kernels.scaled_linear_forward(x, *split_base(weight), *options)
-    return _forward(x, weight, *options)
+    if dispatch.observed(x, bias, scale, parts[0] if weight is None else weight.packed):
+        parts, meta = (parts, meta) if weight is None else split_base(weight)
+        return torch.ops.peft_kernels.scaled_linear_forward(x, parts, meta, *options)
+    return _forward(x, join_base(parts, meta) if weight is None else weight, *options)
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -59,13 +61,11 @@ class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, static: tuple, x: torch.Tensor, bias: Any, scale: Any, *parts: torch.Tensor):
         weight, meta, is_feedforward, backend = static
-        train_scale, train_weight = ctx.needs_input_grad[3], bool(parts) and ctx.needs_input_grad[4]
+        train_scale, train_weight = ctx.needs_input_grad[3], len(parts) > 0 and ctx.needs_input_grad[4]
         keep = train_scale and not is_feedforward
         ctx.scale_shape = None if scale is None else scale.shape
         scale = _vector(scale)
-        if weight is None:
-            weight = join_base(list(parts), meta)
-        y, unscaled = _run_forward(x, weight, bias, scale, is_feedforward, keep, backend)
+        y, unscaled = _run_forward(x, weight, list(parts), meta, bias, scale, is_feedforward, keep, backend)
         keep_x = train_weight or (train_scale and is_feedforward)
         ctx.save_for_backward(x if keep_x else None, unscaled if keep else None, scale, *parts)
         ctx.static, ctx.bias_dtype = static, None if bias is None else bias.dtype
@@ -77,16 +77,15 @@ class _ScaledLinear(torch.autograd.Function):
         weight, meta, is_feedforward, backend = ctx.static
         x, unscaled, scale, *parts = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
-        if weight is None:
-            weight = join_base(parts, meta)
         dy = dy.contiguous()
         options = scale, is_feedforward, needs, backend
         saved = x if is_feedforward else unscaled
         if dispatch.observed(dy, saved, scale):
-            outs = torch.ops.peft_kernels.scaled_linear_backward(dy, saved, *split_base(weight), *options)
+            base = (parts, meta) if weight is None else split_base(weight)
+            outs = torch.ops.peft_kernels.scaled_linear_backward(dy, saved, *base, *options)
             dx, dbias, dscale = (out if need else None for out, need in zip(outs, needs, strict=True))
         else:
-            dx, dbias, dscale = _backward(dy, saved, weight, *options)
+            dx, dbias, dscale = _backward(dy, saved, join_base(parts, meta) if weight is None else weight, *options)
         scales_output = scale is not None and not is_feedforward
         if dbias is not None:
             dbias = (dbias * scale if scales_output else dbias).to(ctx.bias_dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checks import bad_type, bad_value
+from ...checks import bad_value, check_bnb, check_linear, check_shape, check_tensor
 from ...weight4bit import Weight4bit
 from ..linear_4bit.module import FrozenWeight, Linear4bit
 from .op import bitfit_linear, ia3_linear, scale_bias_linear
@@ -29,8 +29,7 @@ class IA3Linear(nn.Module):
         self, base_layer: nn.Linear | Linear4bit, *, is_feedforward: bool = False, adapter_name: str = "default"
     ):
         super().__init__()
-        if not isinstance(base_layer, nn.Linear | Linear4bit):
-            raise bad_type("base_layer", "nn.Linear or Linear4bit", base_layer, "Use from_linear or from_bnb.")
+        check_linear("base_layer", base_layer, Linear4bit)
         self.base_layer = base_layer.requires_grad_(False)
         self.is_feedforward = is_feedforward
         self.ia3_l = nn.ParameterDict()
@@ -127,18 +126,24 @@ class BitFitLinear(FrozenWeight):
 
     def __init__(self, weight: torch.Tensor | Weight4bit, bias: torch.Tensor | None = None):
         super().__init__(weight)
+        if isinstance(weight, torch.Tensor):
+            check_tensor("weight", weight, 2)
         if bias is None:
             bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        check_tensor("bias", bias)
+        check_shape("bias", bias, (weight.shape[0],))
         self.bias = nn.Parameter(bias.detach())
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Any:
         """Share the parameters of an nn.Linear."""
+        check_linear("linear", linear)
         return cls(linear.weight.detach(), linear.bias)
 
     @classmethod
     def from_bnb(cls, layer: Any) -> Any:
         """Share the parameters of a `bitsandbytes.nn.Linear4bit`."""
+        check_bnb("layer", layer)
         return cls(Weight4bit.from_bnb(layer.weight), layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

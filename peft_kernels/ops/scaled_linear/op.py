@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ... import dispatch
-from ...checks import check_device, check_tensor
+from ...checks import autocasts, check_device, check_tensor
 from ...weight4bit import Weight4bit, check_base
 from . import reference
 from .autograd import apply
@@ -115,7 +115,7 @@ def _scaled_linear(
     """What the three have in common, on the backend that is chosen."""
     if scale is not None:
         check_device("scale", scale, x.device)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         weight = weight.to(x.dtype) if isinstance(weight, torch.Tensor) else weight
     dtypes = (x.dtype, *(t.dtype for t in (bias, scale) if t is not None))
