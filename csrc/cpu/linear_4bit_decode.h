@@ -27,9 +27,9 @@ inline void column_scales(const Weight4& w, int64_t k, int64_t n, int64_t count,
   }
 }
 
-// Of the 8 dwords that hold 64 elements, nibble s of dword j is element 8 j + (s ^ 1). Element position 8 s + j of what
-// is decoded: a shift and a look-up for a nibble of every dword, in an order that costs nothing where the other operand
-// or the result is put in the same.
+// Which of 64 elements is decoded at a position: nibble s of dword j of the 8, element 8 j + (s ^ 1), at 8 s + j. A
+// shift and a look-up take one nibble of every dword, in an order that costs nothing where the other operand or the
+// result is put in the same.
 inline int nibble_order(int position) { return 8 * (position % 8) + (position / 8 ^ 1); }
 
 }  // namespace

@@ -84,7 +84,8 @@ def _numbers(name: str, value: Any, n: int) -> list[float]:
 
 
 def _tensors(name: str, value: Any) -> list:
-    if not isinstance(value, (list, tuple)):
+    """One for each adapter."""
+    if not isinstance(value, (list, tuple)) and not hasattr(value, "__iter__"):
         raise bad_type(name, "a torch.Tensor, or a sequence of them", value, "Give one per active adapter.")
     return list(value)
 
