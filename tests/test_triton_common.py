@@ -45,8 +45,8 @@ def test_an_older_triton_is_refused(monkeypatch):
     monkeypatch.setattr(triton_common, "interpreting", lambda: True)
     assert triton_common.why_not() is None
     triton_common._why_not_version.cache_clear()
-    monkeypatch.setattr("triton.__version__", "3.3.1")
-    assert triton_common.why_not() == "it needs triton 3.4 or later (torch 2.8 comes with it), this is 3.3.1"
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    assert triton_common.why_not() == "it needs triton 3.6 or later (torch 2.10 comes with it), this is 3.5.1"
     triton_common._why_not_version.cache_clear()
 
 

@@ -29,11 +29,11 @@ def why_not() -> str | None:
 
 @functools.cache
 def _why_not_version() -> str | None:
-    """Why the installed Triton is not new enough, or None."""
+    """Why the installed Triton is not new enough, or None: 3.5 multiplies no float32 as bfloat16 (`bf16x6`)."""
     import triton
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
-        return f"it needs triton 3.4 or later (torch 2.8 comes with it), this is {triton.__version__}"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"it needs triton 3.6 or later (torch 2.10 comes with it), this is {triton.__version__}"
     return None
 
 
