@@ -53,7 +53,9 @@ class Weight4bit:
     layout: str = "bnb"
 
     def __post_init__(self) -> None:
-        _check_choices(self.quant_type, self.blocksize, self.dtype)
+        _check_choices(self.quant_type, self.dtype)
+        if self.blocksize < 32 or self.blocksize & (self.blocksize - 1):
+            raise bad_value("blocksize", "a power of two, at least 32", self.blocksize, "The default is 64.")
         if self.layout not in layouts.LAYOUTS:
             raise bad_value("layout", f"one of {layouts.LAYOUTS}", repr(self.layout), "Use with_layout to change it.")
         if len(self.shape) != 2 or min(self.shape) < 0:
@@ -128,7 +130,9 @@ class Weight4bit:
             raise bad_value("w", f"a dtype of {DTYPES}", w.dtype, "Cast it first.")
         if w.layout is not torch.strided:
             raise bad_value("w", "a dense tensor", w.layout, "Pass w.to_dense().")
-        _check_choices(quant_type, blocksize, w.dtype)
+        _check_choices(quant_type, w.dtype)
+        if blocksize not in nf4.BLOCKSIZES:
+            raise bad_value("blocksize", f"one of {nf4.BLOCKSIZES}", blocksize, "The default is 64.")
         flat = w.detach().contiguous().view(-1)
         packed, absmax = nf4.quantize(flat, blocksize, quant_type)
         nested = None
@@ -270,12 +274,10 @@ class Weight4bit:
         return weight
 
 
-def _check_choices(quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
+def _check_choices(quant_type: str, dtype: torch.dtype) -> None:
     """What a weight may be besides its tensors."""
     if quant_type not in nf4.QUANT_TYPES:
         raise bad_value("quant_type", f"one of {nf4.QUANT_TYPES}", repr(quant_type), "Choose 'nf4' or 'fp4'.")
-    if blocksize not in nf4.BLOCKSIZES:
-        raise bad_value("blocksize", f"one of {nf4.BLOCKSIZES}", blocksize, "The default is 64.")
     if dtype not in DTYPES:
         raise bad_value("dtype", f"one of {DTYPES}", dtype, "Choose the dtype of the layer's input.")
 

@@ -35,7 +35,7 @@ void reduce(const BottleneckJob& job, const Source& from, int64_t length, RowBlo
   const int64_t units = units_of<U>(length), size = dtype_size(from.matrix.dtype);
   const bool direct = plain(from) && from.matrix.dtype == U::kDtype && length % U::kElements == 0;
   // Units summed apart: a chunk of float32 in one chain errs up to twice as much as eager's product of a single row.
-  const int64_t chain = from.matrix.dtype == DType::F32 ? 32 : kChunkUnits;
+  const int64_t chain = from.matrix.dtype == DType::F32 ? 64 : kChunkUnits;
   for (int64_t u = 0; u < units; u += kChunkUnits) {
     const int64_t count = min64(kChunkUnits, units - u), k = u * U::kElements;
     const char* rows = (const char*)block.packed;
