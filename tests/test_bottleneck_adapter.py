@@ -492,7 +492,6 @@ BAD_INPUT = {
     "eps": ({"ln_eps": -5.0}, ValueError, "ln_eps: expected a number of at least 0, got -5.0"),
     "eps-nan": ({"ln_eps": float("nan")}, ValueError, "ln_eps: expected a number of at least 0, got nan"),
     "eps-text": ({"ln_eps": "a"}, TypeError, "ln_eps: expected a number of at least 0, got str"),
-    "scaling-empty": ({"scaling": []}, ValueError, "scaling: expected at least one factor, got an empty sequence"),
     "scaling-bool": ({"scaling": True}, TypeError, "scaling: expected a float, a tensor.*got bool"),
     "scaling-bool-in-a-list": ({"scaling": [1.0, True]}, TypeError, "scaling: expected a float, a tensor.*got bool"),
     "scaling-shape": ({"scaling": torch.ones(3)}, ValueError, r"scaling: expected 1 or N elements.*got \(3,\)"),

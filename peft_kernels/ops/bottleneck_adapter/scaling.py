@@ -14,14 +14,8 @@ _REMEDY = "Pass a float, a tensor of 1 or N elements, or one that broadcasts to 
 
 
 def factors(scaling: Factor | Sequence[Factor]) -> list[Any]:
-    """The argument as a list of factors.
-
-    Raises:
-        TypeError: a factor is neither a number nor a tensor. ValueError: there is none.
-    """
+    """The argument as a list of factors; a TypeError where one is neither a number nor a tensor."""
     given = list(scaling) if isinstance(scaling, (tuple, list)) else [scaling]
-    if not given:
-        raise bad_value("scaling", "at least one factor", "an empty sequence", "Pass 1.0 for none.")
     for factor in given:
         if isinstance(factor, bool) or not isinstance(factor, (int, float, torch.Tensor)):
             raise bad_type("scaling", "a float, a tensor, or a sequence of them", factor, _REMEDY)
