@@ -34,6 +34,21 @@ def isa(request):
     core.set_isa(before)
 
 
+@pytest.fixture(
+    params=[
+        ("Linear4bit", {}),
+        ("Linear4bit", {"quant_storage": torch.bfloat16}),
+        ("Linear8bitLt", {"has_fp16_weights": False}),
+    ],
+    ids=["4bit", "4bit-as-bfloat16", "8bit"],
+)
+def packed_layer(request):
+    """A linear layer of bitsandbytes, 64 to 32, whose weight is codes."""
+    kind, options = request.param
+    bnb = pytest.importorskip("bitsandbytes")
+    return getattr(bnb.nn, kind)(64, 32, **options).to("cpu")  # which quantizes it
+
+
 @pytest.fixture(params=[1, 2, 3])
 def threads(request):
     """As many threads as given, whatever the machine has."""

@@ -368,20 +368,10 @@ class TestModule:
             with pytest.raises(TypeError, match=r"layer: expected a bitsandbytes.nn.Linear4bit, got (int|Linear)\."):
                 pk.nn.LoRALinear.from_bnb(other, 4)
 
-    @pytest.mark.parametrize(
-        ("kind", "options"),
-        [
-            ("Linear4bit", {}),
-            ("Linear4bit", {"quant_storage": torch.bfloat16}),
-            ("Linear8bitLt", {"has_fp16_weights": False}),
-        ],
-        ids=["4bit", "4bit-as-bfloat16", "8bit"],
-    )
-    def test_packed_weights_are_not_taken_for_dense_ones(self, kind, options):
-        bnb = pytest.importorskip("bitsandbytes")
-        layer = getattr(bnb.nn, kind)(64, 32, **options).to("cpu")  # which quantizes it
-        with pytest.raises(TypeError, match=rf"base_layer: .*a dense weight, got {kind}.*from_bnb"):
-            pk.nn.LoRALinear.from_linear(layer, 4)
+    def test_packed_weights_are_not_taken_for_dense_ones(self, packed_layer):
+        match = rf"base_layer: .*a dense weight, got {type(packed_layer).__name__}.*from_bnb"
+        with pytest.raises(TypeError, match=match):
+            pk.nn.LoRALinear.from_linear(packed_layer, 4)
 
 
 class TestBadInput:

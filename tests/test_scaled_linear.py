@@ -356,20 +356,10 @@ class TestModuleErrors:
     LAYERS = pytest.mark.parametrize("cls", [pk.nn.IA3Linear, pk.nn.BitFitLinear, pk.nn.ScaleBiasLinear])
 
     @LAYERS
-    @pytest.mark.parametrize(
-        ("kind", "options"),
-        [
-            ("Linear4bit", {}),
-            ("Linear4bit", {"quant_storage": torch.bfloat16}),
-            ("Linear8bitLt", {"has_fp16_weights": False}),
-        ],
-        ids=["4bit", "4bit-as-bfloat16", "8bit"],
-    )
-    def test_packed_weights_are_not_taken_for_dense_ones(self, cls, kind, options):
-        bnb = pytest.importorskip("bitsandbytes")
-        layer = getattr(bnb.nn, kind)(64, 32, **options).to("cpu")  # which quantizes it
-        with pytest.raises(TypeError, match=rf"(base_layer|linear): .*a dense weight, got {kind}.*from_bnb"):
-            cls.from_linear(layer)
+    def test_packed_weights_are_not_taken_for_dense_ones(self, cls, packed_layer):
+        match = rf"(base_layer|linear): .*a dense weight, got {type(packed_layer).__name__}.*from_bnb"
+        with pytest.raises(TypeError, match=match):
+            cls.from_linear(packed_layer)
 
     @LAYERS
     def test_other_things(self, cls):

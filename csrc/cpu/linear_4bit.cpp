@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kDotRows = 24;  // above, decoding a panel once beats decoding in registers for every 8 rows
 // Rows of `in` whose multiplication takes as long as decoding a panel: what a split over rows repeats.
 constexpr int64_t kForwardDecodeRows = 12, kBackwardDecodeRows = 6;
-// The same of the float32 kernels, and the rows that they multiply at a time.
+// The same of the float32 kernels, the rows that they multiply at a time, and how many of float32 AVX2 takes at all.
 constexpr int64_t kF32DotRows = 4, kF32ForwardDecodeRows = 8, kF32BackwardDecodeRows = 5, kF32Rows = 256,
                   kF32RowsAvx2 = 64;
 constexpr int64_t kGrain = 1 << 18;  // products a thread does in about ten microseconds at M = 1

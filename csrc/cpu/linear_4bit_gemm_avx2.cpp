@@ -28,30 +28,13 @@ inline void transpose8(__m256 (&v)[8]) {
 
 struct DecodeAvx2 {
   using Table = peft_kernels::Table;
-  static constexpr int64_t kColumns = 8;
+  using Values = __m256;
+  static constexpr int kWidth = 8;
 
   static Table table(const Weight4& w, float scale, DType dtype) { return rounded_table(w.book().code, scale, dtype); }
-
-  static void row(const Table& table, const uint8_t* packed, float* to) {
-#pragma GCC unroll 8
-    for (int s = 0; s < 8; ++s) _mm256_store_ps(to + 8 * s, decode8(table, packed, s));
-  }
-
-  static void columns(const Table* tables, const uint8_t* packed, int64_t row_bytes, int64_t present, float* to) {
-    for (int s = 0; s < 8; ++s) {
-      __m256 v[8];
-      if (present == 8) {
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) v[i] = decode8(tables[i], packed + i * row_bytes, s);
-      } else {
-        for (int i = 0; i < 8; ++i)
-          v[i] = i < present ? decode8(tables[i], packed + i * row_bytes, s) : _mm256_setzero_ps();
-      }
-      transpose8(v);
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) _mm256_store_ps(to + nibble_order(8 * s + i) * kLanes, v[i]);
-    }
-  }
+  static Values decode(const Table& table, const uint8_t* packed, int t) { return decode8(table, packed, t); }
+  static void transpose(Values (&v)[kWidth]) { transpose8(v); }
+  static void store(float* to, Values v) { _mm256_store_ps(to, v); }
 };
 
 }  // namespace

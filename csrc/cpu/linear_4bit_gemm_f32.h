@@ -14,10 +14,30 @@ constexpr int64_t kChunk = 64;   // summed elements of a panel, which is half as
 constexpr int64_t kF32Run = 32;  // products summed apart where the result keeps all digits of the sums
 constexpr int kMaxRows = 6;
 
+// kWidth rows of 64 weights, each with its table -> to[k][row]; rows past `present` are zero.
+template <typename Decode>
+void decode_columns(const typename Decode::Table* tables, const uint8_t* packed, int64_t row_bytes, int64_t present,
+                    float* to) {
+  constexpr int kWidth = Decode::kWidth;
+  for (int t = 0; t < kLanes / kWidth; ++t) {
+    typename Decode::Values v[kWidth];
+    if (present == kWidth) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) v[i] = Decode::decode(tables[i], packed + i * row_bytes, t);
+    } else {
+      for (int i = 0; i < kWidth; ++i)
+        v[i] = i < present ? Decode::decode(tables[i], packed + i * row_bytes, t) : typename Decode::Values{};
+    }
+    Decode::transpose(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) Decode::store(to + nibble_order(kWidth * t + i) * kLanes, v[i]);
+  }
+}
+
 // Rows [lane0, lane0 + 64) of W, columns [k0, k0 + 64) -> panel[k][lane]; rows past N are zero.
 template <typename Decode>
 void forward_panel(const Weight4& w, DType dtype, int64_t lane0, int64_t k0, float* panel) {
-  constexpr int64_t kWidth = Decode::kColumns;
+  constexpr int64_t kWidth = Decode::kWidth;
   const int64_t row_bytes = w.K / 2, rows = min64(kLanes, w.N - lane0);
   alignas(64) float scales[kLanes];
   column_scales(w, k0, lane0, rows, scales);
@@ -29,7 +49,7 @@ void forward_panel(const Weight4& w, DType dtype, int64_t lane0, int64_t k0, flo
       tables[i] = Decode::table(w, scales[g + i], dtype);
       _mm_prefetch((const char*)packed + i * row_bytes + 64, _MM_HINT_T0);
     }
-    Decode::columns(tables, packed, row_bytes, present, panel + g);
+    decode_columns<Decode>(tables, packed, row_bytes, present, panel + g);
   }
 }
 
@@ -44,7 +64,10 @@ void backward_panel(const Linear4Job& job, int64_t lane0, int64_t n0, int64_t co
   const uint8_t* packed = w.packed + (n0 * w.K + lane0) / 2;
   for (int64_t n = 0; n < count; ++n, panel += kLanes, packed += row_bytes) {
     _mm_prefetch((const char*)packed + kPrefetchRows * row_bytes, _MM_HINT_T0);
-    Decode::row(Decode::table(w, scales[n], job.dtype), packed, panel);
+    const typename Decode::Table table = Decode::table(w, scales[n], job.dtype);
+#pragma GCC unroll 8
+    for (int t = 0; t < kLanes / Decode::kWidth; ++t)
+      Decode::store(panel + Decode::kWidth * t, Decode::decode(table, packed, t));
   }
 }
 
@@ -88,8 +111,8 @@ void multiply(const float* in, int64_t ld, const float* panel, int64_t count, fl
 using Multiply = void (*)(const float*, int64_t, const float*, int64_t, float*, bool);
 constexpr Multiply kMultiply[kMaxRows] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
 
-// One panel of lanes for rows [m0, m1). Decode is what an instruction set provides: the Table of a scaled code book, a
-// row of 64 weights in nibble order, and kColumns rows of 64 as columns.
+// One panel of lanes for rows [m0, m1). Decode is what an instruction set provides: the Table of a scaled code book,
+// vectors of kWidth Values, one of which decode() makes of positions kWidth t and on, their transposition and store.
 template <typename Decode, bool forward>
 void run_panel(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1) {
   const Weight4& w = *job.weight;

@@ -44,7 +44,8 @@ REGISTRY: dict[str, tuple[str, str]] = {
     "adapters.methods.modeling.ParallelAdapter": ("adapters", "FusedParallelAdapter"),
 }
 
-# The fused 4-bit layers, exactly (not subclasses of them): what an adapter layer may read the weight of.
+# The fused 4-bit layers, exactly (not subclasses of them): what an adapter layer may read the weight of. A
+# list, since torch 2.6's compiler looks up no class in a set.
 FOUR_BIT: list[type] = []
 
 Undo = Callable[[], None]

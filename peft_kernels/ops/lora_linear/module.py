@@ -143,7 +143,7 @@ class LoRALinear(nn.Module):
             weight.copy_(weight.float() + delta)
         if b.bias is not None:
             bias = self.base_layer.bias
-            assert bias is not None  # checked above
+            assert bias is not None  # merge checks it
             bias.add_((b.bias * (sign * self.scaling[name])).to(bias.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
