@@ -222,6 +222,22 @@ def test_nan_and_infinity_stay_in_their_row(isa, value):
             assert torch.equal(dirty[others], clean[others])
 
 
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7FC00000, 0x7F800001, 0x7F800000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_without_a_finite_scale(isa, dtype, bits):
+    """Whatever digits a NaN has: rounding a table as integers must not carry them into a number."""
+    weight = make_weight(83, 192, nested=False)
+    weight.absmax[4] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)  # row 1, columns 64 to 127
+    dense = weight.dequantize(dtype)
+    assert dense.isfinite().logical_not().sum() >= 60
+    for m in (1, 2, 3, 4, 5, 8, 9, 40):
+        x, dy = rand(m, 192, seed=m, dtype=dtype), rand(m, 83, seed=m, dtype=dtype)
+        if supported(forward, x, weight):
+            assert torch.equal(forward(x, weight).isfinite(), (x @ dense.T).isfinite())
+        if supported(backward, dy, weight):
+            assert torch.equal(backward(dy, weight).isfinite(), (dy @ dense).isfinite())
+
+
 @pytest.mark.parametrize("n, k, blocksize", [(8, 96, 64), (8, 64, 32), (8, 100, 64), (4, 192, 128)])
 def test_layouts_it_refuses(n, k, blocksize):
     weight = make_weight(n, k, blocksize=blocksize)

@@ -17,8 +17,7 @@ constexpr int64_t kDotRows = 24;  // above, decoding a panel once beats decoding
 // Rows of `in` whose multiplication takes as long as decoding a panel: what a split over rows repeats.
 constexpr int64_t kForwardDecodeRows = 12, kBackwardDecodeRows = 6;
 // The same of the float32 kernels, the rows that they multiply at a time, and how many of float32 AVX2 takes at all.
-constexpr int64_t kF32DotRows = 4, kF32ForwardDecodeRows = 8, kF32BackwardDecodeRows = 5, kF32Rows = 256,
-                  kF32RowsAvx2 = 64;
+constexpr int64_t kF32ForwardDecodeRows = 8, kF32BackwardDecodeRows = 5, kF32Rows = 256, kF32RowsAvx2 = 64;
 constexpr int64_t kGrain = 1 << 18;  // products a thread does in about ten microseconds at M = 1
 
 void require(bool ok, const char* function, const std::string& message) {
@@ -30,7 +29,7 @@ bool blocks_fit(int64_t K, int64_t blocksize) { return blocksize % 64 == 0 && K 
 bool has_bf16_kernels(DType dtype) { return dtype == DType::BF16 && isa() == Isa::Avx512Bf16; }
 
 // Beyond these rows, decoding a panel (Scalar: to scratch, for the vendor's GEMM) is faster.
-int64_t small_rows() { return isa() == Isa::Scalar ? 2 : isa() == Isa::Avx2 ? kLinear4SmallRows : kF32DotRows; }
+int64_t small_rows() { return isa() == Isa::Scalar ? 2 : kLinear4SmallRows; }
 
 // Half precision would have to be widened for the vendor's float32 GEMM too; beyond some rows of float32, that GEMM
 // wins. 4096 x 4096 on Skylake, vendor's time / ours, forward and dX, AVX-512: 256 rows 1.20 and 1.14, 512 rows 1.01

@@ -4,18 +4,24 @@
 #include <immintrin.h>
 
 #include "cpu/linear_4bit_kernels.h"
+#include "cpu/nf4_kernels.h"
 
 namespace peft_kernels {
 namespace {
 
 constexpr int64_t kPrefetchRows = 16;  // a strided walk over W outruns the hardware prefetcher
 
-// Scales of the blocks that hold column k in rows [n, n + count).
+// The tables are rounded as integers, which carries the digits of some NaN into its sign and leaves a number; the
+// digits of this one stay a NaN's, and so do those of its products.
+constexpr float kNaN = __builtin_nanf("");
+inline float canonical(float scale) { return scale == scale ? scale : kNaN; }
+
+// canonical() scales of the blocks that hold column k in rows [n, n + count).
 inline void column_scales(const Weight4& w, int64_t k, int64_t n, int64_t count, float* out) {
   const int64_t step = w.K / w.blocksize;
   int64_t block = n * step + k / w.blocksize;
   if (!w.absmax2 || (w.nested_blocksize & (w.nested_blocksize - 1)) != 0) {
-    for (int64_t i = 0; i < count; ++i, block += step) out[i] = w.scale(block);
+    for (int64_t i = 0; i < count; ++i, block += step) out[i] = canonical(w.scale(block));
     return;
   }
   const int shift = __builtin_ctzll(w.nested_blocksize);  // a division would cost as much as decoding 64 weights
@@ -23,7 +29,7 @@ inline void column_scales(const Weight4& w, int64_t k, int64_t n, int64_t count,
   for (int64_t i = 0; i < count; ++i, block += step) {
     if (i + kPrefetchRows < count) _mm_prefetch((const char*)q + block + kPrefetchRows * step, _MM_HINT_T0);
     const float product = w.code2[q[block]] * w.absmax2[block >> shift];
-    out[i] = product + *w.offset;
+    out[i] = canonical(product + *w.offset);
   }
 }
 

@@ -26,19 +26,26 @@ inline void transpose8(__m256 (&v)[8]) {
   }
 }
 
-struct DecodeAvx2 {
-  using Table = peft_kernels::Table;
+template <typename Decode>
+struct PanelAvx2 : Decode {
+  using Decode::Decode;
   using Values = __m256;
   static constexpr int kWidth = 8;
 
-  static Table table(const Weight4& w, float scale, DType dtype) { return rounded_table(w.book().code, scale, dtype); }
-  static Values decode(const Table& table, const uint8_t* packed, int t) { return decode8(table, packed, t); }
   static void transpose(Values (&v)[kWidth]) { transpose8(v); }
   static void store(float* to, Values v) { _mm256_store_ps(to, v); }
 };
 
+using Nibbles = PanelAvx2<NibblesAvx2>;
+using Words = PanelAvx2<WordsAvx2>;
+
+void backward_panel(const Linear4Job& job, int64_t lane0, int64_t m0, int64_t m1) {
+  if (job.dtype == DType::BF16) return run_panel<Words, /*forward=*/false>(job, lane0, m0, m1);
+  run_panel<Nibbles, /*forward=*/false>(job, lane0, m0, m1);
+}
+
 }  // namespace
 
-const Linear4F32Kernels kLinear4F32Avx2 = f32_kernels<DecodeAvx2>();
+const Linear4F32Kernels kLinear4F32Avx2 = {run_panel<Nibbles, /*forward=*/true>, backward_panel, widen_row};
 
 }  // namespace peft_kernels

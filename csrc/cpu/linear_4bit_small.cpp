@@ -13,10 +13,9 @@ namespace {
 constexpr int64_t kLanes = kLinear4SmallLanes;
 constexpr int64_t kPartials = 8;  // independent sums, so that the compiler may vectorize
 
-void prepare_row(const void* in, int64_t first, DType dtype, int64_t K, float* out) {
+void prepare_row(const void* in, int64_t first, DType dtype, int64_t K, const int (&order)[64], float* out) {
   for (int64_t k = 0; k < K; k += 64)
-    for (int64_t s = 0; s < 8; ++s)
-      for (int64_t j = 0; j < 8; ++j) out[k + 8 * s + j] = load_f32(in, first + k + 8 * j + (s ^ 1), dtype);
+    for (int64_t i = 0; i < 64; ++i) out[k + i] = load_f32(in, first + k + order[i], dtype);
 }
 
 float round_to(float value, DType dtype) {
@@ -26,10 +25,12 @@ float round_to(float value, DType dtype) {
 
 void small_scalar(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* sums) {
   const Weight4& w = *tile.weight;
+  const int64_t blocks = w.K / w.blocksize;
+  fill_scales(w, n0 * blocks, (n1 - n0) * blocks, tile.scales);
   for (int64_t n = n0; n < n1; ++n) {
     float partial[kLinear4SmallRows][kPartials] = {};
     for (int64_t k = 0; k < w.K; k += 64) {
-      const float scale = tile.scales[(n - n0) * (w.K / w.blocksize) + k / w.blocksize];
+      const float scale = tile.scales[(n - n0) * blocks + k / w.blocksize];
       float table[16], decoded[64];
       for (int i = 0; i < 16; ++i) table[i] = round_to(w.book().code[i] * scale, tile.dtype);
       const uint8_t* packed = w.packed + (n * w.K + k) / 2;
@@ -47,12 +48,16 @@ void small_scalar(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* s
   }
 }
 
-Linear4SmallKernel small_kernel() {
+const Linear4SmallKernel kSmallScalar = {small_scalar,
+                                         [](int position) { return 8 * (position % 8) + (position / 8 ^ 1); }};
+
+const Linear4SmallKernel& small_kernel(DType dtype) {
 #if defined(__x86_64__)
-  if (isa() >= Isa::Avx512) return linear4_small_avx512;
-  if (isa() == Isa::Avx2) return linear4_small_avx2;
+  if (isa() >= Isa::Avx512) return kLinear4SmallAvx512[int(dtype)];
+  if (isa() == Isa::Avx2) return kLinear4SmallAvx2[int(dtype)];
 #endif
-  return small_scalar;
+  (void)dtype;
+  return kSmallScalar;
 }
 
 // Left operands of the terms with ranks padded to kPartials by zeros: [M][sum of padded ranks].
@@ -101,22 +106,22 @@ void finish(const Linear4Job& job, const PaddedTerms& terms, int64_t n0, int64_t
 
 void linear4_small_forward(const Linear4Job& job, int threads) {
   const Weight4& w = *job.weight;
+  const Linear4SmallKernel& kernel = small_kernel(job.dtype);
+  int order[64];
+  for (int i = 0; i < 64; ++i) order[i] = kernel.element(i);
   float* x = static_cast<float*>(linear4_scratch(Linear4Scratch::Input, size_t(job.M * w.K) * sizeof(float)));
-  for (int64_t m = 0; m < job.M; ++m) prepare_row(job.in, m * job.ld_in, job.dtype, w.K, x + m * w.K);
-  const Linear4SmallKernel kernel = small_kernel();
+  for (int64_t m = 0; m < job.M; ++m) prepare_row(job.in, m * job.ld_in, job.dtype, w.K, order, x + m * w.K);
   const PaddedTerms terms(job);
   const int64_t items = (w.N + kLanes - 1) / kLanes;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t item = 0; item < items; ++item) {
     const int64_t n0 = item * kLanes, n1 = std::min(w.N, n0 + kLanes);
-    // Beforehand, since each by itself would cost a division: on Skylake longer than the products of its block.
-    const int64_t blocks = w.K / w.blocksize, count = (n1 - n0) * blocks;
-    float* scales = static_cast<float*>(linear4_scratch(Linear4Scratch::Scales, size_t(count) * sizeof(float)));
-    fill_scales(w, n0 * blocks, count, scales);
+    const size_t blocks = size_t((n1 - n0) * (w.K / w.blocksize));
+    float* scales = static_cast<float*>(linear4_scratch(Linear4Scratch::Scales, blocks * sizeof(float)));
     float* sums =
         static_cast<float*>(linear4_scratch(Linear4Scratch::Sums, size_t(kLinear4SmallRows * kLanes) * sizeof(float)));
     float* right = static_cast<float*>(linear4_scratch(Linear4Scratch::Terms, size_t(terms.width + 1) * sizeof(float)));
-    kernel({x, job.M, &w, job.dtype, scales}, n0, n1, sums);
+    kernel.run({x, job.M, &w, job.dtype, scales}, n0, n1, sums);
     finish(job, terms, n0, n1, sums, right);
   }
 }

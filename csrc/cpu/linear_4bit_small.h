@@ -1,0 +1,90 @@
+// Dot form in float32 arithmetic, for few rows: lanes run along k, W is decoded in registers and used by all rows of a
+// tile of x. Included by the files that decode with one instruction set.
+#pragma once
+
+#include "cpu/linear_4bit_decode.h"
+#include "cpu/vec.h"
+
+namespace peft_kernels {
+namespace {
+
+constexpr int64_t kPass = 4096;  // elements of x that columns take in turn: 16 KB, half of L1
+
+// MR rows of x from m on by NR rows of W from n on, over blocks [from, to). Decode: see linear_4bit_gemm_f32.h.
+template <typename Decode, DType dtype, int MR, int NR>
+void dot(const Linear4SmallTile& tile, const float* scales, int64_t m, int64_t n, int64_t from, int64_t to,
+         float* sums) {
+  const Weight4& w = *tile.weight;
+  const Decode decode(w.book().code, dtype);
+  const int64_t per_row = w.K / w.blocksize, row_bytes = w.K / 2, block_bytes = w.blocksize / 2;
+  const uint8_t* packed = w.packed + n * row_bytes + from * block_bytes;
+  const float* x[MR];  // a pointer a row: of one pointer and the offsets, GCC keeps every sum, on the stack
+  Vec acc[MR][NR];
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i) {
+    x[i] = tile.x + (m + i) * w.K + from * w.blocksize;
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) acc[i][j] = vec_zero();
+  }
+  for (int64_t block = from; block < to; ++block) {
+    typename Decode::Table table[NR];
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) table[j] = decode.table(scales[j * per_row + block]);
+    for (const uint8_t* end = packed + block_bytes; packed < end; packed += 32) {
+      // The rows that are next: each is too short for the hardware prefetcher to catch up (M = 1 takes 20 % less time).
+#pragma GCC unroll 4
+      for (int j = 0; j < NR; ++j) _mm_prefetch((const char*)packed + (NR + j) * row_bytes, _MM_HINT_T0);
+#pragma GCC unroll 4
+      for (int t = 0; t < 4; ++t) {
+        if (MR > 2) asm("" : "+r"(packed));  // load again rather than keep: registers are short
+        Vec decoded[NR];
+#pragma GCC unroll 4
+        for (int j = 0; j < NR; ++j) decoded[j] = decode.vec(table[j], packed + j * row_bytes, t);
+#pragma GCC unroll 4
+        for (int i = 0; i < MR; ++i) {
+          const Vec v = vec_load(x[i] + kVec * t);
+#pragma GCC unroll 4
+          for (int j = 0; j < NR; ++j) acc[i][j] = multiply_add(v, decoded[j], acc[i][j]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; ++i) x[i] += 64;
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) {
+      float* sum = sums + (m + i) * kLinear4SmallLanes + j;
+      *sum = (from > 0 ? *sum : 0.0f) + vec_sum(acc[i][j]);
+    }
+}
+
+template <typename Decode, DType dtype, int MR>
+void dot_rows(const Linear4SmallTile& tile, int64_t m, int64_t n0, int64_t n1, float* sums) {
+  constexpr int kColumns = MR == 4 && Decode::kColumns == 4 ? 3 : Decode::kColumns;  // 16 sums leave few registers
+  const int64_t blocksize = tile.weight->blocksize, per_row = tile.weight->K / blocksize;
+  const int64_t step = kPass / MR > blocksize ? kPass / MR / blocksize : 1;
+  for (int64_t from = 0; from < per_row; from += step) {
+    const int64_t to = min64(per_row, from + step);
+    const float* scales = tile.scales;
+    int64_t n = n0;
+    for (; n + kColumns <= n1; n += kColumns, scales += kColumns * per_row)
+      dot<Decode, dtype, MR, kColumns>(tile, scales, m, n, from, to, sums + n - n0);
+    for (; n < n1; ++n, scales += per_row) dot<Decode, dtype, MR, 1>(tile, scales, m, n, from, to, sums + n - n0);
+  }
+}
+
+template <typename Decode, DType dtype>
+void run(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* sums) {
+  const int64_t per_row = tile.weight->K / tile.weight->blocksize;
+  Decode::row_scales(*tile.weight, n0 * per_row, (n1 - n0) * per_row, tile.scales);
+  int64_t m = 0;
+  for (; m + 4 <= tile.M; m += 4) dot_rows<Decode, dtype, 4>(tile, m, n0, n1, sums);
+  if (tile.M - m == 3) dot_rows<Decode, dtype, 3>(tile, m, n0, n1, sums);
+  if (tile.M - m == 2) dot_rows<Decode, dtype, 2>(tile, m, n0, n1, sums);
+  if (tile.M - m == 1) dot_rows<Decode, dtype, 1>(tile, m, n0, n1, sums);
+}
+
+}  // namespace
+}  // namespace peft_kernels
