@@ -133,9 +133,10 @@ def choose(
     vendor: why torch's own operations serve this call best; `auto` then takes the reference, which is not slow here.
     call: arguments of the native module's `why_not_call`, which is asked for CUDA tensors.
     """
-    if forward_ad._current_level >= 0 and _requested != "reference" and op != "nf4":  # the codec has no derivative
+    transformed = None if _requested == "reference" or op == "nf4" else _transformed()  # the codec has no derivative
+    if transformed is not None:
         passed = BACKENDS[:-1] if _requested == "auto" else (_requested,)
-        chosen, passed_over = "reference" if _requested == "auto" else None, tuple((b, _FORWARD_MODE) for b in passed)
+        chosen, passed_over = "reference" if _requested == "auto" else None, tuple((b, transformed) for b in passed)
     elif vendor is not None and _requested == "auto":
         chosen, passed_over = "reference", (("native", vendor),)
     else:
@@ -156,7 +157,15 @@ def choose(
     return chosen
 
 
-_FORWARD_MODE = "it has no forward-mode derivative, and a level of forward-mode AD is open (torch.func.jvp, dual_level)"
+def _transformed() -> str | None:
+    """Why a transform in force leaves only what is made of torch's own operations, or None."""
+    if forward_ad._current_level >= 0:
+        return "it has no forward-mode derivative, and a level of forward-mode AD is open (torch.func.jvp, dual_level)"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is in force (grad, vmap, jacrev), which takes torch's own operations only"
+    return None
+
+
 _TRACED = "its CUDA kernels are not chosen under torch.compile or a dispatch mode"
 
 
@@ -196,8 +205,8 @@ def observed(*tensors: torch.Tensor | None) -> bool:
     """Whether something has to see the library op itself rather than its result: then the call goes through torch's
     dispatcher, else straight to the kernel, which saves about 15 microseconds.
 
-    That something is a compiler or tracer, a mode (fake tensors, selective checkpointing, FLOP counters), a functorch
-    transform, a profiler, or a tensor subclass among `tensors`.
+    That something is a compiler or tracer, a mode (fake tensors, selective checkpointing), a transform of torch.func, a
+    profiler, or a tensor subclass among `tensors`.
     """
     if torch.compiler.is_compiling():
         return True

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 import peft_kernels as pk
-from peft_kernels import dispatch
+from peft_kernels import dispatch, native
 
 F = pk.functional
 
@@ -175,6 +175,44 @@ def test_forward_mode_takes_the_reference(name):
         explained = pk.explain(function, x)
         assert ": reference\n" in explained and "not native: it has no forward-mode derivative" in explained
     assert "forward-mode" not in pk.explain(function, x)
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_4bit", "lora_linear", "lora_linear-dense", "ia3_linear", "bottleneck_adapter"]
+)
+def test_transforms_of_torch_func_take_the_reference(name):
+    function, x = affine(name), torch.randn(3, 64)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(function(leaf).square().sum(), leaf)[0]
+    loss = lambda x: function(x).square().sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected, rtol=1e-4, atol=1e-4)
+    per_sample = torch.func.vmap(torch.func.grad(lambda row: loss(row[None])))(x)
+    torch.testing.assert_close(per_sample, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.vmap(function)(x[:, None])[:, 0], function(x), rtol=1e-4, atol=1e-4)
+    jacobian = torch.func.jacrev(lambda row: function(row[None])[0])(x[0])
+    torch.testing.assert_close(
+        jacobian @ torch.ones(64), function(x[:1] + 1)[0] - function(x[:1])[0], rtol=1e-3, atol=1e-3
+    )
+    explained = []
+    torch.func.vmap(lambda x: explained.append(pk.explain(function, x)) or x)(x[:, None])
+    assert ": reference\n" in explained[0] and "not native: a transform of torch.func" in explained[0]
+    with pk.use_backend("native"), pytest.raises(pk.BackendError, match=r"'native'.*torch\.func"):
+        torch.func.grad(loss)(x)
+
+
+@pytest.mark.parametrize("name", ["linear_4bit", "lora_linear", "ia3_linear"])
+def test_a_gradient_of_a_gradient_is_refused(name):
+    """Also where no upstream gradient requires one: the penalty would train nothing."""
+    if reason := native.why_not():
+        pytest.skip(reason)
+    function, x = affine(name), torch.randn(3, 64, requires_grad=True)
+    for output in (function(x).sum(), function(x).square().sum()):
+        gradient = torch.autograd.grad(output, x, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match=r"no second derivative.*use_backend\(.reference.\)"):
+            (output + gradient.square().sum()).backward()
+    with pk.use_backend("reference"):
+        gradient = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)[0]
+        assert torch.autograd.grad(gradient.square().sum(), x)[0].abs().sum() > 0
 
 
 def test_a_named_backend_refuses_forward_mode(call):

@@ -89,18 +89,20 @@ class FusedForward:
         return linear_4bit(x, weight, bias)
 
     def _forward_of_bitsandbytes(self: Any, x: torch.Tensor, reason: object) -> torch.Tensor:
-        """What we do not serve, but without the repacking that bitsandbytes does on some CPUs."""
+        """What we do not serve."""
         if dispatch.recording():
             why = f"its {reason}" if isinstance(reason, str) else f"x is {x.dtype}"
             dispatch.note(f"Linear4bit: left to bitsandbytes: {why}", final=True)
-        repacks = getattr(self, "support_avx512bf16_for_cpu", None)  # None: a version that does not know of it
-        if not repacks:
-            return super().forward(x)  # type: ignore[misc]
-        self.support_avx512bf16_for_cpu = False
-        try:
-            return super().forward(x)  # type: ignore[misc]
-        finally:
-            self.support_avx512bf16_for_cpu = repacks
+        return super().forward(x)  # type: ignore[misc]
+
+    @property
+    def support_avx512bf16_for_cpu(self) -> bool:
+        """Whether bitsandbytes may repack the weight for its CPU kernel; the plain class has its own value back."""
+        return False
+
+    @support_avx512bf16_for_cpu.setter
+    def support_avx512bf16_for_cpu(self, value: bool) -> None:
+        self.__dict__["support_avx512bf16_for_cpu"] = value
 
     def _weight4bit(self: Any) -> Weight4bit | str:
         """The weight, sharing bitsandbytes' memory, or why it cannot be read; kept until the parameter changes."""

@@ -69,6 +69,12 @@ class FusedPrompt:
             if config.peft_type is PeftType.PREFIX_TUNING:
                 dispatch.note(f"{type(self).__bases__[-1].__qualname__}: left to PEFT: {reason}")
             return super().get_prompt(batch_size, *args, **kwargs)  # type: ignore[misc]
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            # PEFT says so too, but only to a model that has it on beforehand
+            raise ValueError(
+                "prefix-tuning does not work with gradient checkpointing, whose layers drop the cache that carries the "
+                "prefix. Call gradient_checkpointing_disable(), or set gradient_checkpointing=False in the trainer."
+            )
         return PrefixCache(split_prefix(_prompt(self, config), config.num_layers, config.num_attention_heads))
 
 

@@ -19,12 +19,20 @@ class BitFitLinear4bit(bnb.nn.Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) -> (..., N) of x's dtype."""
         bias = self._parameters["bias"]
-        self._parameters["bias"] = None
-        try:
-            y = super().forward(x)
-        finally:
-            self._parameters["bias"] = bias
-        return y if bias is None else (y + bias).to(y.dtype)
+        if bias is None:
+            return super().forward(x)
+        if not self.compute_type_is_set:
+            self.set_compute_type(x)
+            self.compute_type_is_set = True
+        y = bnb.nn.Linear4bit.forward(_without_bias(self), x)
+        return (y + bias).to(y.dtype)
+
+
+def _without_bias(layer: bnb.nn.Linear4bit) -> bnb.nn.Linear4bit:
+    """The same layer but for its bias: other threads may be using the layer itself."""
+    other = object.__new__(bnb.nn.Linear4bit)
+    other.__dict__ = {**layer.__dict__, "_parameters": {**layer._parameters, "bias": None}}
+    return other
 
 
 class ScaleBiasLinear4bit(ScaleBias, BitFitLinear4bit):

@@ -154,6 +154,46 @@ def test_peer_defect_bias_is_cast_in_place(method):
         pk.replace_layers(model)
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_share_a_4bit_layer(method, replaced):
+    """The bias must never be taken out of the layer, not even for the length of a call."""
+    model = block("bitsandbytes")
+    METHODS[method](model)
+    layer, x = spread(model)[0], torch.randn(5, 64)
+    if replaced:
+        pk.replace_layers(model)
+    expected, bias = layer(x).detach(), layer.bias
+    inside = []
+    layer.register_forward_hook(lambda *_: inside.append(layer.bias is bias))
+    forward = torch.nn.functional.linear
+
+    def watched(*args, **kwargs):  # what bitsandbytes calls in the middle of its forward
+        inside.append(layer.bias is bias)
+        return forward(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", watched)
+        close(layer(x), expected)
+    assert all(inside) and len(inside) == (1 if replaced else 2)
+
+
+@pytest.mark.parametrize("kind", ["dense", "Linear4bit"])
+@pytest.mark.parametrize("method", METHODS)
+def test_export_for_any_number_of_rows(method, kind, monkeypatch):
+    monkeypatch.undo()  # the heuristics as they are
+    model = block(kind)
+    METHODS[method](model)
+    spread(model).requires_grad_(False).eval()
+    pk.replace_layers(model)
+    x = torch.randn(6, 64)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},)).module()
+        for rows in (1, 6, 40):
+            x = torch.randn(rows, 64)
+            close(program(x), model(x))
+
+
 def test_conv1d_is_reported():
     """GPT-2's linear layers hold their weight the other way round; their biases are trained like any others."""
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D

@@ -51,6 +51,18 @@ def test_generate(family):
     assert torch.equal(ours.generate(**batch(), **beams), theirs.generate(**batch(), **beams))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_is_refused(family):
+    """It drops the cache, and with it the prefix, which then would not be trained."""
+    ours, theirs, _ = pair(family, config())
+    ours.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"prefix-tuning.*gradient_checkpointing_disable"):
+        ours(**batch())
+    same(ours.eval()(**batch()).logits, theirs.eval()(**batch()).logits)
+    ours.gradient_checkpointing_disable()
+    check(ours, theirs)
+
+
 @pytest.mark.parametrize("window", [4, 12, 40], ids=lambda w: f"window-{w}")
 def test_prefix_slides_out_of_the_window_as_in_peft(window):
     ours, theirs, _ = pair("mistral", config(), sliding_window=window)

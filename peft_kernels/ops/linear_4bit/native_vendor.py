@@ -62,8 +62,9 @@ def product(dy: torch.Tensor, weight: torch.Tensor | Weight4bit) -> torch.Tensor
 
 def widens(dtype: torch.dtype, rows: int, *, backward: bool = False) -> bool:
     """Whether a product of so many rows is computed in float32."""
-    enough = rows >= _MIN_ROWS or (backward and dtype is torch.float16)
-    return enough and not native.multiplies(dtype)
+    if native.multiplies(dtype):
+        return False
+    return rows >= _MIN_ROWS or (backward and dtype is torch.float16)
 
 
 def decoded(weight: torch.Tensor | Weight4bit, dtype: torch.dtype) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from ... import native
 from ...weight4bit import Weight4bit
 from ..linear_4bit import native_vendor
 
@@ -28,6 +29,8 @@ SMALL_BESIDE_DENSE = (
 )
 _SMALL = 1 << 19
 
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has only the latter
+
 
 def why_vendor(
     x: torch.Tensor,
@@ -42,6 +45,8 @@ def why_vendor(
     """
     if not (x.is_cpu and isinstance(weight, torch.Tensor)) or (bias is not None and bias.dtype is not x.dtype):
         return None
+    if _exporting():  # a program for any number of rows must not depend on this one
+        return BIAS_OF_DENSE if scale is None and native.multiplies(x.dtype) else None
     n, k = weight.shape
     if native_vendor.widens(x.dtype, x.numel() // max(k, 1)):
         return None  # torch's product is the slow one
