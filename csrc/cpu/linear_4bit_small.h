@@ -9,6 +9,7 @@ namespace peft_kernels {
 namespace {
 
 constexpr int64_t kPass = 4096;  // elements of x that columns take in turn: 16 KB, half of L1
+constexpr int64_t kAhead = 8;    // rows of W that the prefetch runs ahead: 4 take 7 % longer at M = 4 (Skylake)
 
 // MR rows of x from m on by NR rows of W from n on, over blocks [from, to). Decode: see linear_4bit_gemm_f32.h.
 template <typename Decode, DType dtype, int MR, int NR>
@@ -31,9 +32,9 @@ void dot(const Linear4SmallTile& tile, const float* scales, int64_t m, int64_t n
 #pragma GCC unroll 4
     for (int j = 0; j < NR; ++j) table[j] = decode.table(scales[j * per_row + block]);
     for (const uint8_t* end = packed + block_bytes; packed < end; packed += 32) {
-      // The rows that are next: each is too short for the hardware prefetcher to catch up (M = 1 takes 20 % less time).
+      // Each row is too short for the hardware prefetcher to catch up.
 #pragma GCC unroll 4
-      for (int j = 0; j < NR; ++j) _mm_prefetch((const char*)packed + (NR + j) * row_bytes, _MM_HINT_T0);
+      for (int j = 0; j < NR; ++j) _mm_prefetch((const char*)packed + (kAhead + j) * row_bytes, _MM_HINT_T0);
 #pragma GCC unroll 4
       for (int t = 0; t < 4; ++t) {
         if (MR > 2) asm("" : "+r"(packed));  // load again rather than keep: registers are short
