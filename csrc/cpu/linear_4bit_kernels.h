@@ -59,19 +59,11 @@ extern const Linear4F32Kernels kLinear4F32Avx2, kLinear4F32Avx512;
 // Dot form in float32 arithmetic, forward. 4096 x 4096 on Skylake, panels' time / this, AVX-512: 5 rows 1.6, 8
 // rows 1.4, 12 rows 1.0; AVX2: 1.4, 1.2, 1.0.
 constexpr int64_t kLinear4SmallRows = 8;
-constexpr int64_t kLinear4SmallLanes = 64;
 void linear4_small_forward(const Linear4Job& job, int threads);
 
-struct Linear4SmallTile {
-  const float* x;  // [M, K], every 64 elements in the kernel's order
-  int64_t M;
-  const Weight4* weight;
-  DType dtype;    // that weights are rounded to
-  float* scales;  // room for [n1 - n0, K / blocksize], of the columns that the kernel is called for
-};
 struct Linear4SmallKernel {
-  // sums[m][n - n0] for columns [n0, n1), n1 - n0 <= kLinear4SmallLanes; rows of sums are kLinear4SmallLanes apart.
-  void (*run)(const Linear4SmallTile& tile, int64_t n0, int64_t n1, float* sums);
+  // Columns [n0, n1), at most kLinear4Lanes; x: [M, K] of job.in, every 64 elements in the kernel's order.
+  void (*run)(const Linear4Job& job, const float* x, int64_t n0, int64_t n1);
   int (*element)(int position);  // which of 64 elements x has at a position
 };
 extern const Linear4SmallKernel kLinear4SmallAvx2[3], kLinear4SmallAvx512[3];  // by dtype
