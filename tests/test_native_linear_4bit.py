@@ -141,7 +141,8 @@ def test_long_sums_are_carried_across_panels(isa):
 
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("n, k, blocksize", [(33, 576, 64), (40, 640, 128), (17, 8192, 4096), (9, 1024, 1024)])
+# Of one row by 9 columns the draw decides: 5 to 6 of 100 are beyond the budget at any instruction set.
+@pytest.mark.parametrize("n, k, blocksize", [(33, 576, 64), (40, 640, 128), (17, 8192, 4096), (73, 1024, 1024)])
 def test_formats(isa, n, k, blocksize, quant_type, nested):
     weight = make_weight(n, k, quant_type, blocksize, nested)
     for dtype in DTYPES:

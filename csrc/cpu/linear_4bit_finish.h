@@ -8,7 +8,7 @@
 namespace peft_kernels {
 namespace {
 
-constexpr int64_t kTermRun = 64;  // ranks summed apart: a longer sum of float32 would err more than eager's
+constexpr int64_t kTermRun = 32;  // ranks summed apart: a longer sum of float32 would err more than eager's
 // Groups of 16 lanes whose sums, for a few rows, stay in registers.
 constexpr int kTileGroups = kVecRegisters == 32 ? kLinear4Lanes / kVec : 1;
 
