@@ -161,10 +161,17 @@ def _transformed() -> str | None:
     """Why a transform in force leaves only what is made of torch's own operations, or None."""
     if forward_ad._current_level >= 0:
         return "it has no forward-mode derivative, and a level of forward-mode AD is open (torch.func.jvp, dual_level)"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if _in_functorch():
         return "a transform of torch.func is in force (grad, vmap, jacrev), which takes torch's own operations only"
     return None
 
+
+def _in_functorch() -> bool:
+    """Whether a transform of torch.func is in force; a trace may keep the answer, which the compiler guards."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `_found` below
 
 _TRACED = "its CUDA kernels are not chosen under torch.compile or a dispatch mode"
 

@@ -200,6 +200,21 @@ def test_transforms_of_torch_func_take_the_reference(name):
         torch.func.grad(loss)(x)
 
 
+@pytest.mark.parametrize(
+    "name", ["linear_4bit", "lora_linear", "lora_linear-dense", "ia3_linear", "bottleneck_adapter"]
+)
+def test_transforms_within_torch_compile(name):
+    """The compiler would trace an autograd Function under a transform into wrong numbers, without a word."""
+    function, x = affine(name), torch.randn(3, 64)
+    loss = lambda x: function(x).square().sum()  # noqa: E731
+    both = torch.compile(lambda x: (torch.func.grad(loss)(x), loss(x)), backend="aot_eager", fullgraph=True)
+    gradient, value = both(x)
+    torch.testing.assert_close(gradient, torch.func.grad(loss)(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(value, loss(x), rtol=1e-4, atol=1e-4)
+    tangent = torch.compile(lambda x: torch.func.jvp(function, (x,), (x,))[1], backend="aot_eager")(x)
+    torch.testing.assert_close(tangent, torch.func.jvp(function, (x,), (x,))[1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["linear_4bit", "lora_linear", "ia3_linear"])
 def test_a_gradient_of_a_gradient_is_refused(name):
     """Also where no upstream gradient requires one: the penalty would train nothing."""
